@@ -1,0 +1,391 @@
+"""ServeConfig: one TOML file, checked, completed from the model's own files, frozen.
+
+The TOML is the only configuration. Loading reads the TOML, `config.json` and `generation_config.json` of the model and
+nothing else: no GPU, no network, no weights. Whatever cannot work is a ConfigError here, before anything starts.
+
+Relative paths in a TOML are relative to the folder of that TOML, so a start does not depend on the working directory.
+`gpus` are CUDA device ordinals with device = "cuda" and plain rank numbers with device = "cpu" (one thread each).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, cast
+
+from nmoe_backend import environ
+from nmoe_backend.toml_table import Table, read_toml
+from nmoe_backend.types import ConfigError, EngineLimits
+
+Device = Literal["cuda", "cpu"]
+DType = Literal["auto", "float32", "bfloat16"]
+Role = Literal["prefill", "decode", "both"]
+
+# family -> the architectures of config.json that it covers; models/__init__.py holds what they build
+MODEL_FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType({"deepseek": ("DeepseekV3ForCausalLM",)})
+PAGE_SIZES = (16, 32, 64)  # the kernels' tile heights
+_TOP_TABLES = ("kv_layout", "replicas", "generation", "benchmark")
+_KV_KEYS = ("kv_lora_rank", "qk_rope_head_dim", "num_layers", "page_size")
+_REPLICA_KEYS = ("replica_id", "gpus", "role")
+_PORTS = ("http_port", "grpc_port", "metrics_port", "openai_port")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVLayout:
+    """A token caches (kv_lora_rank + qk_rope_head_dim) values in each of num_layers; a page holds page_size tokens."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    num_layers: int
+    page_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaConfig:
+    """One engine: its ranks in order."""
+
+    replica_id: int
+    gpus: tuple[int, ...]
+    role: Role = "both"
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of this replica."""
+        return len(self.gpus)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationDefaults:
+    """What a request that does not say gets: generation_config.json, overridden by the TOML's [generation]."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None  # None: whatever remains of max_seq_len
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """One supported way to run. max_batch_size, max_prefill_tokens and num_pages are per rank."""
+
+    config_path: Path
+    model_path: Path
+    model_family: str
+    model_name: str
+    device: Device
+    dtype: DType
+    max_batch_size: int  # sequences of a rank
+    max_prefill_tokens: int  # prefill tokens of a rank in one step
+    num_pages: int  # 0: from free memory
+    max_seq_len: int  # prompt + output tokens
+    gpu_memory_utilization: float  # share of a GPU's memory that we may fill
+    itl_target_ms: float  # bound on a step in which somebody decodes
+    max_queue_size: int
+    rank_timeout_s: float
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    openai_port: int
+    exclude_input_in_output: bool
+    allow_stop_by_id: bool
+    torch_extensions_dir: Path
+    kv_layout: KVLayout
+    replicas: tuple[ReplicaConfig, ...]
+    generation: GenerationDefaults
+    vocab_size: int
+    benchmark: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def from_toml(
+        cls,
+        path: str | Path,
+        overrides: Mapping[str, object] = MappingProxyType({}),
+        environment: Mapping[str, str] | None = None,
+    ) -> ServeConfig:
+        """Load, check and complete. `overrides` replace top-level keys (ports, paths) and are checked like them."""
+        source = Path(path).absolute()
+        env = environ.process_environment() if environment is None else environment
+        top = Table({**read_toml(source, env), **overrides}, str(path))
+        top.require_known((*_SCALARS, *_TOP_TABLES))
+        model_path = _path(top, "model_path", source, None)
+        model = Table(read_model_config(model_path), str(model_path / "config.json"))
+        config = _read(top, model, source, env)
+        _check_lengths(config, top, model)
+        _check_ports(config, top)
+        _check_replicas(config, top, model)
+        return config
+
+
+_SCALARS = tuple(
+    name for name in ServeConfig.__dataclass_fields__ if name not in (*_TOP_TABLES, "config_path", "vocab_size")
+)
+
+
+def engine_limits(config: ServeConfig, num_pages: int, replica: ReplicaConfig | None = None) -> EngineLimits:
+    """What a replica can hold once the pages of a rank are known. `replica` may be left out if there is only one."""
+    assert replica is not None or len(config.replicas) == 1, "engine_limits: name the replica, there are several"
+    return EngineLimits(
+        num_ranks=(replica or config.replicas[0]).world_size,
+        num_pages=num_pages,
+        page_size=config.kv_layout.page_size,
+        max_batch_size=config.max_batch_size,
+        max_prefill_tokens=config.max_prefill_tokens,
+        max_seq_len=config.max_seq_len,
+        max_queue_size=config.max_queue_size,
+        itl_target_ms=config.itl_target_ms,
+        rank_timeout_s=config.rank_timeout_s,
+        eos_token_ids=config.generation.eos_token_ids,
+        vocab_size=config.vocab_size,
+    )
+
+
+def pages_per_sequence(config: ServeConfig) -> int:
+    """Pages that one sequence of max_seq_len tokens fills."""
+    return -(-config.max_seq_len // config.kv_layout.page_size)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, object]:
+    """A JSON object from a model's folder; a ConfigError with the remedy where it is missing or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}. {remedy}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}. {remedy}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds {type(value).__name__}, needs an object. {remedy}")
+    return value
+
+
+def read_model_config(model_path: Path) -> dict[str, object]:
+    """The model's config.json."""
+    return read_json(
+        model_path / "config.json",
+        "model_path must be a checkpoint folder with config.json, *.safetensors and tokenizer.json "
+        "(scripts/make_tiny_checkpoint.py writes a tiny one).",
+    )
+
+
+def _read(top: Table, model: Table, source: Path, env: Mapping[str, str]) -> ServeConfig:
+    """Every key by itself; what two keys say together is checked afterwards."""
+    model_path = Path(model.source).parent
+    vocab_size = model.integer("vocab_size", low=1)
+    return ServeConfig(
+        config_path=source,
+        model_path=model_path,
+        model_family=_family(top, model),
+        model_name=top.string("model_name", model_path.name),
+        device=cast(Device, top.choice("device", ("cuda", "cpu"), "cuda")),
+        dtype=cast(DType, top.choice("dtype", ("auto", "float32", "bfloat16"), "auto")),
+        max_batch_size=top.integer("max_batch_size", 256, low=1),
+        max_prefill_tokens=top.integer("max_prefill_tokens", 8192, low=1),
+        num_pages=top.integer("num_pages", 0),
+        max_seq_len=top.integer("max_seq_len", low=2),
+        gpu_memory_utilization=top.number("gpu_memory_utilization", 0.92, low=0.0, high=1.0, open_low=True),
+        itl_target_ms=top.number("itl_target_ms", 100.0, low=0.0, open_low=True),
+        max_queue_size=top.integer("max_queue_size", 4096, low=1),
+        rank_timeout_s=top.number("rank_timeout_s", 60.0, low=0.0, open_low=True),
+        host=top.string("host", "127.0.0.1"),
+        http_port=top.integer("http_port", 8000, low=1, high=65535),
+        grpc_port=top.integer("grpc_port", 8001, low=1, high=65535),
+        metrics_port=top.integer("metrics_port", 8002, low=1, high=65535),
+        openai_port=top.integer("openai_port", 9000, low=1, high=65535),
+        exclude_input_in_output=top.boolean("exclude_input_in_output", True),
+        allow_stop_by_id=top.boolean("allow_stop_by_id", False),
+        torch_extensions_dir=_path(top, "torch_extensions_dir", source, environ.cache_dir(env)),
+        kv_layout=_kv_layout(top, model),
+        replicas=_replicas(top),
+        generation=_generation(top, model, model_path, vocab_size),
+        vocab_size=vocab_size,
+        benchmark=_benchmark(top),
+    )
+
+
+def _path(top: Table, key: str, source: Path, default: Path | None) -> Path:
+    if default is not None and not top.has(key):
+        return default
+    value = top.get(key)
+    text = str(value) if isinstance(value, Path) else top.string(key)
+    return Path(source.parent, text).resolve()
+
+
+def _family(top: Table, model: Table) -> str:
+    family = top.choice("model_family", tuple(MODEL_FAMILIES), "deepseek")
+    architectures = model.get("architectures")
+    if not isinstance(architectures, list) or not any(name in MODEL_FAMILIES[family] for name in architectures):
+        raise model.error(
+            "architectures",
+            f'is {architectures!r}, model_family = "{family}" covers {", ".join(MODEL_FAMILIES[family])}. '
+            "Point model_path at such a model.",
+        )
+    return family
+
+
+def _kv_layout(top: Table, model: Table) -> KVLayout:
+    table = Table(top.get("kv_layout") or {}, top.source, "kv_layout")
+    table.require_known(_KV_KEYS, _SCALARS)
+    dims = {}
+    for key, name in (
+        ("kv_lora_rank", "kv_lora_rank"),
+        ("qk_rope_head_dim", "qk_rope_head_dim"),
+        ("num_layers", "num_hidden_layers"),
+    ):
+        dims[key] = model.integer(name, low=1)
+        if table.has(key) and table.integer(key) != dims[key]:
+            raise table.error(
+                key,
+                f"is {table.get(key)}, but the model's config.json has {name} = {dims[key]}. "
+                "Remove the key: it is read from the model.",
+            )
+    page_size = table.integer("page_size", 64)
+    if page_size not in PAGE_SIZES:
+        raise table.error("page_size", f"is {page_size}, needs one of {', '.join(map(str, PAGE_SIZES))} tokens.")
+    return KVLayout(**dims, page_size=page_size)
+
+
+def _replicas(top: Table) -> tuple[ReplicaConfig, ...]:
+    rows = top.get("replicas")
+    if not isinstance(rows, list) or not rows:
+        raise top.error("replicas", f"is {rows!r}, needs at least one [[replicas]] table with replica_id and gpus.")
+    replicas = []
+    for index, row in enumerate(rows):
+        table = Table(row, top.source, f"replicas[{index}]")
+        table.require_known(_REPLICA_KEYS, (*_SCALARS, *_TOP_TABLES))
+        gpus = table.integers("gpus")
+        if not gpus:
+            raise table.error("gpus", "is empty, needs one number a rank, such as [0, 1, 2, 3, 4, 5, 6, 7].")
+        role = cast(Role, table.choice("role", ("prefill", "decode", "both"), "both"))
+        replicas.append(ReplicaConfig(replica_id=table.integer("replica_id"), gpus=gpus, role=role))
+    return tuple(replicas)
+
+
+def _generation(top: Table, model: Table, model_path: Path, vocab_size: int) -> GenerationDefaults:
+    """The TOML wins over generation_config.json, which wins over config.json (token ids only)."""
+    toml = Table(top.get("generation") or {}, top.source, "generation")
+    toml.require_known(tuple(GenerationDefaults.__dataclass_fields__), _SCALARS)
+    path = model_path / "generation_config.json"
+    values = read_json(path, "Restore the file from the checkpoint, or delete it.") if path.exists() else {}
+    hub = Table({key: value for key, value in values.items() if value is not None}, str(path))
+    greedy = hub.get("do_sample") is False
+    return GenerationDefaults(
+        temperature=toml.number("temperature", 0.0 if greedy else hub.number("temperature", 1.0, low=0.0), low=0.0),
+        top_p=toml.number(
+            "top_p", hub.number("top_p", 1.0, low=0.0, high=1.0, open_low=True), low=0.0, high=1.0, open_low=True
+        ),
+        top_k=toml.integer("top_k", hub.integer("top_k", 0)),
+        repetition_penalty=toml.number(
+            "repetition_penalty", hub.number("repetition_penalty", 1.0, low=0.0, open_low=True), low=0.0, open_low=True
+        ),
+        max_tokens=_max_tokens(toml, hub),
+        eos_token_ids=_eos_token_ids(toml, (hub, model), vocab_size),
+        bos_token_id=_token_id((toml, hub, model), "bos_token_id", vocab_size),
+        pad_token_id=_token_id((toml, hub, model), "pad_token_id", vocab_size),
+    )
+
+
+def _max_tokens(toml: Table, hub: Table) -> int | None:
+    if toml.has("max_tokens"):
+        return toml.integer("max_tokens", low=1)
+    return hub.integer("max_new_tokens", low=1) if hub.has("max_new_tokens") else None
+
+
+def _eos_token_ids(toml: Table, model_files: tuple[Table, ...], vocab_size: int) -> tuple[int, ...]:
+    if toml.has("eos_token_ids"):
+        table, key, ids = toml, "eos_token_ids", toml.integers("eos_token_ids")
+    else:
+        key = "eos_token_id"
+        found = next((candidate for candidate in model_files if candidate.get(key) is not None), None)
+        if found is None:
+            raise toml.error(
+                "eos_token_ids",
+                "is missing, and neither generation_config.json nor config.json names an eos_token_id. Add it.",
+            )
+        table = found
+        ids = table.integers(key) if isinstance(table.get(key), list) else (table.integer(key),)
+    if not ids or max(ids) >= vocab_size:
+        raise table.error(key, f"is {list(ids)}, needs at least one id, all below vocab_size = {vocab_size}.")
+    return ids
+
+
+def _token_id(tables: tuple[Table, ...], key: str, vocab_size: int) -> int | None:
+    for table in tables:
+        if table.get(key) is not None:
+            return table.integer(key, high=vocab_size - 1)
+    return None
+
+
+def _benchmark(top: Table) -> Mapping[str, object]:
+    values = top.get("benchmark")
+    if values is None:
+        return MappingProxyType({})
+    if not isinstance(values, dict):
+        raise top.error("benchmark", f"is {values!r}, not a table. Write it as [benchmark] with keys below it.")
+    return MappingProxyType(dict(values))
+
+
+def _check_lengths(config: ServeConfig, top: Table, model: Table) -> None:
+    max_position = model.integer("max_position_embeddings", low=1)
+    if config.max_seq_len > max_position:
+        raise top.error(
+            "max_seq_len",
+            f"is {config.max_seq_len}, but the model has positions for {max_position} tokens. "
+            f"Lower max_seq_len to <= {max_position}.",
+        )
+    needed = pages_per_sequence(config)
+    if 0 < config.num_pages < needed:
+        raise ConfigError(
+            f"{top.source}: num_pages={config.num_pages} holds 0 sequences of max_seq_len={config.max_seq_len} "
+            f"({needed} pages each). "
+            f"Raise num_pages to >= {needed}, lower max_seq_len, or set num_pages = 0 to size it from free memory."
+        )
+    if config.generation.max_tokens is not None and config.generation.max_tokens >= config.max_seq_len:
+        raise top.error(
+            "generation.max_tokens",
+            f"is {config.generation.max_tokens}, needs a value below max_seq_len={config.max_seq_len}.",
+        )
+
+
+def _check_ports(config: ServeConfig, top: Table) -> None:
+    taken: dict[int, str] = {}
+    for key in _PORTS:
+        port = getattr(config, key)
+        if port in taken:
+            raise top.error(key, f"is {port}, and so is {taken[port]}. Give each port a number of its own.")
+        taken[port] = key
+
+
+def _check_replicas(config: ServeConfig, top: Table, model: Table) -> None:
+    ids = [replica.replica_id for replica in config.replicas]
+    if len(set(ids)) < len(ids):
+        raise top.error("replicas", f"has the replica_ids {ids}. Give each replica an id of its own.")
+    gpus = [gpu for replica in config.replicas for gpu in replica.gpus]
+    twice = sorted({gpu for gpu in gpus if gpus.count(gpu) > 1})
+    if twice:
+        raise top.error(
+            "replicas", f"uses gpus {twice} more than once. Each rank needs a number of its own, over all replicas."
+        )
+    num_experts = model.integer("n_routed_experts", low=1)
+    for replica in config.replicas:
+        if num_experts % replica.world_size:
+            raise top.error(
+                f"replicas (replica_id {replica.replica_id})",
+                f"has {replica.world_size} gpus, which does not divide the model's {num_experts} routed experts. "
+                f"Use a divisor, such as {_divisor(num_experts, replica.world_size)}.",
+            )
+    roles = {replica.role for replica in config.replicas}
+    if "both" not in roles and roles != {"prefill", "decode"}:
+        raise top.error(
+            "replicas", f'has only the role {roles.pop()!r}. Add a replica of the other role, or use role = "both".'
+        )
+
+
+def _divisor(number: int, below: int) -> int:
+    return max(value for value in range(1, below + 1) if number % value == 0)
