@@ -1,0 +1,217 @@
+"""What a rank needs in memory, from config.json and the TOML alone, and how many KV pages are left.
+
+Pure arithmetic, no torch: the doctor prints it before a start, the load sizes `num_pages = 0` with it. Weights, KV and
+transport follow from shapes and are exact up to the allocator's rounding; activations, graphs and context are bounds.
+
+Example, DeepSeek-V3 in fp8 on eight ranks: 81.7 GB of experts, 16 GB replicated and 3.7 GB of embedding and head make
+about 102 GB of weights a rank; a token's KV is 61 layers x 576 values x 2 bytes = 70,272 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from nmoe_backend.config import ReplicaConfig, ServeConfig, pages_per_sequence, read_model_config
+from nmoe_backend.toml_table import Table
+from nmoe_backend.types import ConfigError
+
+GB = 10**9
+_DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_GRAPH_BYTES = 2 * GB  # CUDA graphs of every bucket, their private pool aside from the activations
+_CONTEXT_BYTES = 1 * GB  # CUDA context, loaded modules, allocator rounding
+_EXPERT_PASS_ROWS = 8192  # rows that one pass of the grouped GEMMs takes, whatever the skew
+_LOGIT_COPIES = 3  # raw logits, processed logits, the sampler's sorted copy; fp32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDims:
+    """The numbers of config.json that memory depends on, under DeepSeek's names."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    num_attention_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    first_k_dense_replace: int
+    fp8_block: int  # values that share one fp32 scale; 0: the checkpoint is not quantised
+    compute_bytes: int  # of a value in the checkpoint's own compute dtype
+
+    @classmethod
+    def from_config(cls, model: Mapping[str, object], source: str = "config.json") -> ModelDims:
+        """From a config.json. A missing or misshapen value is a ConfigError that names it."""
+        table = Table(model, source)
+        shape = {f.name: table.integer(f.name) for f in fields(cls) if f.name not in ("fp8_block", "compute_bytes")}
+        quant = Table(model.get("quantization_config") or {}, source, "quantization_config")
+        rows_columns = quant.integers("weight_block_size", (128, 128), low=1)
+        dtype = table.string("torch_dtype" if table.has("torch_dtype") else "dtype", "bfloat16")
+        if dtype not in _DTYPE_BYTES:
+            raise ConfigError(f"{source}: torch_dtype is {dtype!r}, needs one of {', '.join(_DTYPE_BYTES)}.")
+        block = rows_columns[0] * rows_columns[-1] if quant.get("quant_method") == "fp8" else 0
+        return cls(**shape, fp8_block=block, compute_bytes=_DTYPE_BYTES[dtype])
+
+    @property
+    def attention_params(self) -> int:
+        """Linear weights of one MLA layer."""
+        heads, qk_head_dim = self.num_attention_heads, self.qk_nope_head_dim + self.qk_rope_head_dim
+        return (
+            self.q_lora_rank * (self.hidden_size + heads * qk_head_dim)
+            + (self.kv_lora_rank + self.qk_rope_head_dim) * self.hidden_size
+            + heads * (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank
+            + self.hidden_size * heads * self.v_head_dim
+        )
+
+    @property
+    def expert_params(self) -> int:
+        """One routed expert: gate, up and down."""
+        return 3 * self.hidden_size * self.moe_intermediate_size
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with routed experts."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryBudget:
+    """Bytes of one rank."""
+
+    weights: int
+    kv_cache: int
+    transport: int
+    activations: int
+    graphs: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def describe(self) -> str:
+        """`weights 101.9 + kv_cache 38.1 + ... = 149.0 GB a rank`."""
+        parts = " + ".join(f"{f.name} {getattr(self, f.name) / GB:.2f}" for f in fields(self))
+        return f"{parts} = {self.total / GB:.2f} GB a rank"
+
+
+def model_dims(config: ServeConfig) -> ModelDims:
+    """The dims of the config's model."""
+    return ModelDims.from_config(read_model_config(config.model_path), str(config.model_path / "config.json"))
+
+
+def compute_bytes(config: ServeConfig, dims: ModelDims) -> int:
+    """Bytes of an activation and of a cached value: `dtype`, or the checkpoint's own with "auto"."""
+    return dims.compute_bytes if config.dtype == "auto" else _DTYPE_BYTES[config.dtype]
+
+
+def kv_bytes_per_token(config: ServeConfig, dims: ModelDims) -> int:
+    """Bytes that one token takes in the cache, all layers."""
+    layout = config.kv_layout
+    return layout.num_layers * (layout.kv_lora_rank + layout.qk_rope_head_dim) * compute_bytes(config, dims)
+
+
+def page_bytes(config: ServeConfig, dims: ModelDims) -> int:
+    """Bytes of one KV page, all layers."""
+    return kv_bytes_per_token(config, dims) * config.kv_layout.page_size
+
+
+def weight_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> int:
+    """Weights of one rank: its share of the routed experts and all the rest. fp8 stays fp8 on a GPU only."""
+    compute = compute_bytes(config, dims)
+    keeps_fp8 = dims.fp8_block > 0 and config.device == "cuda"
+    linear_bytes = 1 + 4 / dims.fp8_block if keeps_fp8 else compute
+    linear = dims.num_hidden_layers * dims.attention_params
+    linear += dims.first_k_dense_replace * 3 * dims.hidden_size * dims.intermediate_size
+    local_experts = dims.n_routed_experts // world_size
+    linear += dims.num_moe_layers * (local_experts + dims.n_shared_experts) * dims.expert_params
+    norms = dims.num_hidden_layers * (2 * dims.hidden_size + dims.q_lora_rank + dims.kv_lora_rank) + dims.hidden_size
+    embedding_and_head = 2 * dims.vocab_size * dims.hidden_size
+    router = dims.num_moe_layers * dims.n_routed_experts * (dims.hidden_size + 1)
+    return round(linear * linear_bytes) + (norms + embedding_and_head) * compute + router * 4
+
+
+def tokens_per_step(config: ServeConfig) -> int:
+    """T_cap: the most tokens that a rank feeds in one step, one of each running sequence and a full prefill budget."""
+    return config.max_batch_size + config.max_prefill_tokens
+
+
+def transport_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> int:
+    """RDEP's receive buffers of one rank: world x T_cap slots for dispatch (rows, ids, weights) and for combine."""
+    compute = compute_bytes(config, dims)
+    fp8_payload = dims.fp8_block > 0 and config.device == "cuda"
+    payload = dims.hidden_size + dims.hidden_size // 128 * 4 if fp8_payload else dims.hidden_size * compute
+    slots = world_size * tokens_per_step(config)
+    return slots * (payload + dims.num_experts_per_tok * 8 + dims.hidden_size * compute)
+
+
+def activation_bytes(config: ServeConfig, dims: ModelDims) -> int:
+    """The widest moment of a step: the larger of attention and a feed-forward layer, and the logits."""
+    compute, heads = compute_bytes(config, dims), dims.num_attention_heads
+    attention = heads * (2 * dims.qk_nope_head_dim + dims.qk_rope_head_dim + 2 * dims.v_head_dim)
+    attention += dims.q_lora_rank + dims.kv_lora_rank + dims.qk_rope_head_dim
+    dense = 3 * dims.intermediate_size
+    tokens = tokens_per_step(config) * ((max(attention, dense) + 4 * dims.hidden_size) * compute)
+    expert_pass = _EXPERT_PASS_ROWS * (3 * dims.moe_intermediate_size * compute + dims.hidden_size * (compute + 4))
+    logits = config.max_batch_size * dims.vocab_size * 4 * _LOGIT_COPIES
+    return tokens + expert_pass + logits
+
+
+def memory_budget(config: ServeConfig, dims: ModelDims, replica: ReplicaConfig, num_pages: int) -> MemoryBudget:
+    """The whole of one rank of a replica with `num_pages` pages. Graphs and context exist on a GPU only."""
+    on_gpu = config.device == "cuda"
+    return MemoryBudget(
+        weights=weight_bytes(config, dims, replica.world_size),
+        kv_cache=num_pages * page_bytes(config, dims),
+        transport=transport_bytes(config, dims, replica.world_size),
+        activations=activation_bytes(config, dims),
+        graphs=_GRAPH_BYTES if on_gpu else 0,
+        context=_CONTEXT_BYTES if on_gpu else 0,
+    )
+
+
+def available_bytes(config: ServeConfig, free: int, total: int) -> int:
+    """What we may still fill of a device with `free` of `total` bytes free: gpu_memory_utilization bounds the whole."""
+    return max(0, free - round(total * (1.0 - config.gpu_memory_utilization)))
+
+
+def useful_pages(config: ServeConfig) -> int:
+    """The most pages that a rank can use: every slot taken by a sequence of max_seq_len."""
+    return config.max_batch_size * pages_per_sequence(config)
+
+
+def resolve_num_pages(
+    config: ServeConfig, dims: ModelDims, replica: ReplicaConfig, *, available: int, loaded: bool
+) -> int:
+    """Pages of one rank: what the TOML says, or with `num_pages = 0` what fits into `available` bytes.
+
+    `loaded`: weights, transport and context are in memory already, so only activations and graphs are still to come.
+    Raises ConfigError where not even one sequence of max_seq_len fits.
+    """
+    if config.num_pages > 0:
+        return config.num_pages
+    budget = memory_budget(config, dims, replica, 0)
+    to_come = budget.activations + budget.graphs if loaded else budget.total
+    pages = min(max(0, available - to_come) // page_bytes(config, dims), useful_pages(config))
+    needed = pages_per_sequence(config)
+    if pages < needed:
+        short = (needed * page_bytes(config, dims) + to_come - available) / GB
+        raise ConfigError(
+            f"{available / GB:.2f} GB a rank hold {pages} KV pages beside the rest ({budget.describe()}), and one "
+            f"sequence of max_seq_len={config.max_seq_len} needs {needed}. Free {short:.2f} GB a rank, lower "
+            f"max_seq_len, max_prefill_tokens or max_batch_size, or raise gpu_memory_utilization."
+        )
+    return pages
+
+
+def sequences_that_fit(config: ServeConfig, num_pages: int, length: int) -> int:
+    """Sequences of `length` tokens that the pages of one rank hold at the same time (not bounded by its slots)."""
+    return num_pages // -(-length // config.kv_layout.page_size)
