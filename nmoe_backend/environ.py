@@ -69,8 +69,10 @@ def config_path(environment: Mapping[str, str] | None = None) -> Path | None:
 def cache_dir(environment: Mapping[str, str] | None = None) -> Path:
     """Where compiled kernels and prepared server folders live by default: $XDG_CACHE_HOME/nmoe or ~/.cache/nmoe."""
     env = process_environment() if environment is None else environment
-    base = env.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "nmoe"
+    if base := env.get("XDG_CACHE_HOME"):
+        return Path(base) / "nmoe"
+    home = env.get("HOME")
+    return (Path(home) if home else Path.home()) / ".cache" / "nmoe"
 
 
 def child_environment(
