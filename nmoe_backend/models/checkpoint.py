@@ -28,7 +28,7 @@ _MAX_LISTED = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankCheckpoint:
-    """One rank's share. Every source of every parameter is in `tensors`, with the right shape and dtype."""
+    """One rank's share: `tensors` holds exactly the sources of its parameters, with the right shape and dtype."""
 
     params: tuple[ParamSpec, ...]
     tensors: Mapping[str, TensorInfo]  # hub name -> bytes
@@ -120,7 +120,8 @@ def _open_hub(model_path: Path, spec: ModelSpec, params: list[ParamSpec]) -> Ran
         stored = {source: (source_shape(param), tensors.get(source)) for source in param.sources}
         problems += _misfits(param, _allowed_dtypes(param, names), stored)
     _raise_if_any(model_path, spec, problems)
-    return RankCheckpoint(params=tuple(params), tensors=tensors, ignored=tuple(ignored))
+    ours = {source: tensors[source] for param in params for source in param.sources}
+    return RankCheckpoint(params=tuple(params), tensors=ours, ignored=tuple(ignored))
 
 
 def _open_sharded(
