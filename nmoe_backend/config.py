@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, cast
@@ -122,6 +122,17 @@ class ServeConfig:
         _check_ports(config, top)
         _check_replicas(config, top, model)
         return config
+
+    def as_tree(self) -> dict[str, object]:
+        """The whole config as TOML values, with nothing left to expand or to resolve; loads to an equal config."""
+        tree: dict[str, object] = {key: getattr(self, key) for key in _SCALARS}
+        tree.update({key: str(value) for key, value in tree.items() if isinstance(value, Path)})
+        tree["kv_layout"] = asdict(self.kv_layout)
+        tree["replicas"] = [{**asdict(replica), "gpus": list(replica.gpus)} for replica in self.replicas]
+        generation = {key: value for key, value in asdict(self.generation).items() if value is not None}
+        tree["generation"] = {**generation, "eos_token_ids": list(self.generation.eos_token_ids)}
+        tree["benchmark"] = dict(self.benchmark)
+        return tree
 
 
 _SCALARS = tuple(

@@ -7,6 +7,7 @@ boolean (`http_port = "${PORT:-8000}"`), a plain string may not.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -178,3 +179,45 @@ class Table:
         if default is None:
             raise self.error(key, "is missing. Add it; it has no default.")
         return default
+
+
+def render_toml(values: Mapping[str, object]) -> str:
+    """TOML text of what `read_toml` returned: `tomllib.loads(render_toml(x)) == x`. Tables come after the scalars."""
+    lines: list[str] = []
+    _render_table(values, "", lines)
+    return "\n".join(lines) + "\n"
+
+
+def _render_table(values: Mapping[str, object], name: str, lines: list[str]) -> None:
+    tables = {key: value for key, value in values.items() if isinstance(value, Mapping) or _is_table_array(value)}
+    lines += [f"{_render_key(key)} = {_render_value(value)}" for key, value in values.items() if key not in tables]
+    for key, value in tables.items():
+        path = f"{name}.{_render_key(key)}" if name else _render_key(key)
+        for row in [value] if isinstance(value, Mapping) else _rows(value):
+            lines.append(f"[{path}]" if isinstance(value, Mapping) else f"[[{path}]]")
+            _render_table(row, path, lines)
+
+
+def _is_table_array(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _rows(value: object) -> list[Mapping[str, object]]:
+    assert isinstance(value, list), "an array of tables is a list"
+    return value
+
+
+def _render_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
+def _render_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_render_key(key)} = {_render_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_render_value, value)) + "]"
+    return str(value)  # integers, floats (inf and nan as TOML writes them), dates

@@ -1,0 +1,253 @@
+"""The doctor's checks that need no GPU: Python, packages, server, checkpoint, ports, memory, write access."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from nmoe_backend import memory, tritonserver
+from nmoe_backend.config import Device, ReplicaConfig, ServeConfig, pages_per_sequence
+from nmoe_backend.findings import Finding, fail, ok, warn
+from nmoe_backend.types import ConfigError
+
+MEASURED: Mapping[str, str] = {"torch": "2.11", "triton": "3.6"}  # the versions under which figures were taken
+_NEEDED = ("safetensors", "tokenizers", "jinja2")
+_SHM_NEEDED = 64 * 2**20  # the Python backend's regions of four models, before they grow
+_SHM_COMFORTABLE = 256 * 2**20
+MB = 2**20
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions, None where absent; read from metadata, nothing is imported."""
+    versions: dict[str, str | None] = {}
+    for name in ("numpy", "torch", "triton", *_NEEDED):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def check_python(version: tuple[int, ...]) -> Finding:
+    """3.11 or 3.12: what the locks are tested with."""
+    text = ".".join(map(str, version))
+    if tuple(version) in ((3, 11), (3, 12)):
+        return ok("python", text)
+    return fail("python", f"{text}, needs 3.11 or 3.12", "Run with python3.11 or python3.12; scripts/serve picks one.")
+
+
+def check_packages(versions: Mapping[str, str | None], device: Device) -> list[Finding]:
+    """NumPy below 2 for the stub; torch, and on a GPU the measured torch and triton; the rest present."""
+    findings = [_check_numpy(versions["numpy"])]
+    if versions["torch"] is None:
+        findings.append(fail("torch", "is not installed", _lock(device)))
+    elif device == "cpu":
+        findings.append(ok("torch", versions["torch"]))
+    else:
+        findings += [_check_measured(name, versions[name]) for name in MEASURED]
+    missing = [name for name in _NEEDED if versions[name] is None]
+    if missing:
+        findings.append(fail("packages", f"missing: {', '.join(missing)}", _lock(device)))
+    return findings
+
+
+def _check_numpy(version: str | None) -> Finding:
+    if version is None:
+        return fail("numpy", "is not installed", "pip install 'numpy<2'")
+    if int(version.split(".")[0]) >= 2:
+        return fail(
+            "numpy",
+            f"{version}, needs < 2: Triton's Python backend was compiled against NumPy 1, with 2 tensors arrive empty",
+            "pip install 'numpy<2'",
+        )
+    return ok("numpy", version)
+
+
+def _check_measured(name: str, version: str | None) -> Finding:
+    measured = MEASURED[name]
+    if version is None:
+        return fail(name, "is not installed, and device is cuda", _lock("cuda"))
+    if version == measured or version.startswith(f"{measured}."):
+        return ok(name, version)
+    return warn(
+        name,
+        f"{version}; measured with {measured}",
+        f"Expect other figures, or {_lock('cuda')[0].lower()}{_lock('cuda')[1:]}",
+    )
+
+
+def _lock(device: Device) -> str:
+    return f"Install the lock: pip install -r requirements/{'gpu' if device == 'cuda' else 'cpu'}.lock"
+
+
+def check_server(cache: Path) -> Finding:
+    """A tritonserver exists and, from the wheel, is prepared for this Python."""
+    try:
+        server = tritonserver.find_server(cache)
+    except ConfigError as error:
+        message, _, remedy = str(error).rpartition(". ")
+        return fail("tritonserver", message, remedy)
+    return ok("tritonserver", server.description)
+
+
+def check_checkpoint(config: ServeConfig) -> list[Finding]:
+    """Every shard that the index names is there and the sizes add up; the tokenizer is there."""
+    folder = config.model_path
+    findings = [_check_shards(folder, replica) for replica in config.replicas]
+    findings = list(dict.fromkeys(findings))
+    if (folder / "tokenizer.json").is_file():
+        findings.append(ok("tokenizer", "tokenizer.json"))
+    else:
+        remedy = "Copy tokenizer.json and tokenizer_config.json from the model's hub page into the folder."
+        findings.append(fail("tokenizer", f"{folder} has no tokenizer.json", remedy))
+    return findings
+
+
+def _check_shards(folder: Path, replica: ReplicaConfig) -> Finding:
+    sharded = [f"model{rank}-mp{replica.world_size}.safetensors" for rank in range(replica.world_size)]
+    index = folder / "model.safetensors.index.json"
+    total_size = None
+    if (folder / sharded[0]).is_file():
+        names = sharded
+    elif index.is_file():
+        try:
+            values = json.loads(index.read_text(encoding="utf-8"))
+            names = sorted(set(values["weight_map"].values()))
+            total_size = values.get("metadata", {}).get("total_size")
+        except (ValueError, KeyError, AttributeError) as error:
+            return fail("checkpoint", f"{index} is not an index: {error!r}", "Download the file again.")
+    elif (folder / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    else:
+        text = f"{folder} has neither model.safetensors(.index.json) nor {sharded[0]}"
+        return fail(
+            "checkpoint", text, "Point model_path at a checkpoint, or convert one for this world size: nmoe convert."
+        )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        text = f"{len(missing)} of {len(names)} shards are missing in {folder}: {', '.join(missing[:4])}"
+        return fail("checkpoint", text, "Download the missing files; a checkpoint is loaded whole or not at all.")
+    size = sum((folder / name).stat().st_size for name in names)
+    if isinstance(total_size, int) and size < total_size:
+        text = f"the shards in {folder} hold {size / memory.GB:.2f} GB of {total_size / memory.GB:.2f} GB"
+        return fail("checkpoint", text, "The download is incomplete: resume it.")
+    return ok("checkpoint", f"{len(names)} file(s), {size / memory.GB:.2f} GB")
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether we could listen there now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def check_ports(config: ServeConfig, is_free: Callable[[str, int], bool]) -> list[Finding]:
+    """The three ports of the server must be free; the OpenAI front end's is opened later, by its own process."""
+    ports = {"http_port": config.http_port, "grpc_port": config.grpc_port, "metrics_port": config.metrics_port}
+    taken = {name: port for name, port in ports.items() if not is_free(config.host, port)}
+    findings = [
+        fail(
+            name,
+            f"cannot listen on {config.host}:{port}",
+            f"Stop what listens there (ss -ltnp 'sport = :{port}'), or choose another (--{name.replace('_', '-')} N).",
+        )
+        for name, port in taken.items()
+    ]
+    if not findings:
+        findings.append(ok("ports", f"{', '.join(map(str, ports.values()))} on {config.host} are free"))
+    if not is_free(config.host, config.openai_port):
+        remedy = "Nothing to do unless you start an OpenAI front end on it."
+        findings.append(warn("openai_port", f"{config.host}:{config.openai_port} is in use", remedy))
+    return findings
+
+
+def shared_memory_bytes() -> tuple[int, int] | None:
+    """(size, free) of /dev/shm; None where it does not exist."""
+    try:
+        stat = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    return stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
+
+
+def check_shared_memory(size_free: tuple[int, int] | None) -> Finding:
+    """The Python backend moves every tensor through /dev/shm."""
+    remedy = (
+        "In a container: docker run --shm-size=1g. Elsewhere: mount -o remount,size=1G /dev/shm, or delete stale files."
+    )
+    if size_free is None:
+        return fail("shm", "/dev/shm does not exist, and the Python backend needs it", remedy)
+    size, free = size_free
+    text = f"/dev/shm: {free // MB} MB free of {size // MB} MB"
+    if free < _SHM_NEEDED:
+        return fail("shm", f"{text}, needs {_SHM_NEEDED // MB} MB", remedy)
+    if free < _SHM_COMFORTABLE:
+        return warn("shm", f"{text}; many concurrent requests need more than that", remedy)
+    return ok("shm", text)
+
+
+def check_writable(folder: Path) -> Finding:
+    """Compiled kernels and the prepared server are kept there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        remedy = "Set torch_extensions_dir in the TOML to a folder that you may write."
+        return fail("kernel_cache", f"cannot write {folder}: {error.strerror}", remedy)
+    return ok("kernel_cache", f"{folder} is writable")
+
+
+def host_memory_bytes() -> tuple[int, int]:
+    """(total, available) of this machine."""
+    values = {}
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) * 1024
+    return values["MemTotal"], values["MemAvailable"]
+
+
+def check_host_memory(config: ServeConfig, dims: memory.ModelDims, total_available: tuple[int, int]) -> list[Finding]:
+    """device = "cpu": all ranks of all replicas share the host's memory."""
+    total, free = total_available
+    num_ranks = sum(replica.world_size for replica in config.replicas)
+    available = memory.available_bytes(config, free, total) // num_ranks
+    return [finding for replica in config.replicas for finding in check_budget(config, dims, replica, available)]
+
+
+def check_budget(config: ServeConfig, dims: memory.ModelDims, replica: ReplicaConfig, available: int) -> list[Finding]:
+    """The memory of one rank in GB, and how many sequences its KV pages hold at 2k, 8k and max_seq_len."""
+    name = f"memory[{replica.replica_id}]"
+    try:
+        num_pages = memory.resolve_num_pages(config, dims, replica, available=available, loaded=False)
+    except ConfigError as error:
+        message, _, remedy = str(error).rpartition(". ")
+        return [fail(name, message, remedy)]
+    budget = memory.memory_budget(config, dims, replica, num_pages)
+    text = f"{budget.describe()}, available {available / memory.GB:.2f} GB"
+    if budget.total > available:
+        over = (budget.total - available) / memory.GB
+        remedy = f"Free {over:.2f} GB a rank, lower num_pages (0 sizes it), max_batch_size or max_prefill_tokens."
+        return [fail(name, text, remedy)]
+    return [ok(name, text), check_capacity(config, replica, num_pages)]
+
+
+def check_capacity(config: ServeConfig, replica: ReplicaConfig, num_pages: int) -> Finding:
+    """At least one sequence of max_seq_len must fit a rank."""
+    name = f"kv_capacity[{replica.replica_id}]"
+    lengths = sorted({length for length in (2048, 8192) if length < config.max_seq_len} | {config.max_seq_len})
+    counts = [f"{memory.sequences_that_fit(config, num_pages, length)} x {length}" for length in lengths]
+    text = f"{num_pages} pages of {config.kv_layout.page_size} tokens a rank hold {' or '.join(counts)} tokens"
+    if memory.sequences_that_fit(config, num_pages, config.max_seq_len) < 1:
+        return fail(name, text, f"Raise num_pages to >= {pages_per_sequence(config)} or lower max_seq_len.")
+    return ok(name, text)

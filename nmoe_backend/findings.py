@@ -1,0 +1,33 @@
+"""What a preflight check says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check's result: what was found and, unless it is fine, what to do."""
+
+    name: str
+    status: Status
+    message: str
+    remedy: str = ""
+
+
+def ok(name: str, message: str) -> Finding:
+    """Fine."""
+    return Finding(name, "ok", message)
+
+
+def warn(name: str, message: str, remedy: str) -> Finding:
+    """Works, but somebody should know."""
+    return Finding(name, "warn", message, remedy)
+
+
+def fail(name: str, message: str, remedy: str) -> Finding:
+    """Cannot work."""
+    return Finding(name, "fail", message, remedy)

@@ -1,0 +1,50 @@
+"""Asking a Triton server over HTTP whether it is ready and whether it really answers. Standard library only."""
+
+from __future__ import annotations
+
+import http.client
+import json
+
+from nmoe_backend.config import ServeConfig
+
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_READY_TIMEOUT_S = 2.0
+_GENERATE_TIMEOUT_S = 120.0
+
+
+def url_host(host: str) -> str:
+    """The host to connect to, as it stands in a URL: loopback where the server listens on every address."""
+    name = _ANY_ADDRESS.get(host, host)
+    return f"[{name}]" if ":" in name else name
+
+
+def is_ready(config: ServeConfig) -> bool:
+    """`GET /v2/health/ready` answers 200. A server that does not listen yet is not ready."""
+    status, _ = _request(config, "GET", "/v2/health/ready", None, _READY_TIMEOUT_S)
+    return status == 200
+
+
+def generate_failure(config: ServeConfig, prompt: str) -> str | None:
+    """Generate one token through the ensemble; None when that worked, else what came back."""
+    body = json.dumps({"text_input": prompt, "max_tokens": 1})
+    status, text = _request(config, "POST", "/v2/models/ensemble/generate", body, _GENERATE_TIMEOUT_S)
+    if status != 200:
+        return f"HTTP {status}: {text[:500]}" if status else text
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        return f"no JSON: {text[:500]}"
+    return None if isinstance(answer, dict) and "text_output" in answer else f"no text_output: {text[:500]}"
+
+
+def _request(config: ServeConfig, method: str, path: str, body: str | None, timeout_s: float) -> tuple[int, str]:
+    """(status, body); status 0 and the reason where there was no HTTP answer."""
+    connection = http.client.HTTPConnection(url_host(config.host).strip("[]"), config.http_port, timeout=timeout_s)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+        response = connection.getresponse()
+        return response.status, response.read().decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException) as error:
+        return 0, f"{type(error).__name__}: {error}"
+    finally:
+        connection.close()

@@ -1,0 +1,149 @@
+"""One tritonserver as a child process: started in a session of its own, read line by line, stopped without a trace.
+
+Owns the process group and the shared-memory regions with its prefix, and removes both. Never decides when to start or
+stop. The child gets SIGTERM when our process dies (PR_SET_PDEATHSIG), and SIGPIPE ignored, so that an orphan survives
+its closed output for long enough to drain and end by itself.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_SHM = Path("/dev/shm")
+_KEPT_LINES = 400
+_GROUP_END_S = 10.0
+
+
+class ServerProcess:
+    """A running tritonserver. Start and stop it from one thread; `on_line` is called from the reader's thread."""
+
+    def __init__(
+        self, argv: Sequence[str], env: Mapping[str, str], shm_prefix: str, on_line: Callable[[str], None]
+    ) -> None:
+        self._shm_prefix = shm_prefix
+        self._on_line = on_line
+        self._lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
+        libc = ctypes.CDLL(None, use_errno=True)
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(1)
+
+        self._process = subprocess.Popen(
+            list(argv),
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            restore_signals=False,
+            preexec_fn=die_with_parent,  # before we start any thread
+        )
+        self._reader = threading.Thread(target=self._read, name="tritonserver-output", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id, which is also the id of the group."""
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def last_lines(self) -> list[str]:
+        """What it printed last, oldest first. Complete once the process has ended and `stop` returned."""
+        return list(self._lines)
+
+    def stop(self, drain_s: float) -> bool:
+        """SIGTERM, wait up to drain_s, kill what is left, remove its shared memory. True: it ended by itself."""
+        clean = True
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(drain_s)
+            except subprocess.TimeoutExpired:
+                clean = False
+        self.kill()
+        return clean
+
+    def kill(self) -> None:
+        """Kill the whole group at once and remove its shared memory. Idempotent."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        self._wait_for_group()
+        self._reader.join(_GROUP_END_S)
+        remove_shared_memory(self._shm_prefix)
+
+    def _wait_for_group(self) -> None:
+        """Killed stubs are reaped by init, not by us: wait until the group is gone, and with it ports and memory."""
+        deadline = time.monotonic() + _GROUP_END_S
+        while time.monotonic() < deadline and group_members(self.pid):
+            time.sleep(0.02)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None, "the output is a pipe"
+        with self._process.stdout as output:
+            for raw in output:
+                line = raw.decode("utf-8", "replace").rstrip()
+                self._lines.append(line)
+                self._on_line(line)
+
+
+def group_members(group: int) -> list[int]:
+    """Processes of a group that still run; zombies do not count."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            # "pid (comm) state ppid pgrp ...", where comm may hold anything
+            state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                members.append(int(entry.name))
+    return members
+
+
+def shared_memory(prefix: str) -> list[Path]:
+    """Our regions in /dev/shm."""
+    return [path for path in _SHM.iterdir() if path.name.startswith(prefix)] if _SHM.is_dir() else []
+
+
+def remove_shared_memory(prefix: str) -> None:
+    """Remove what a killed server left. The prefix names one server's regions only."""
+    for path in shared_memory(prefix):
+        path.unlink(missing_ok=True)
+
+
+_GLOG = re.compile(r"^([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ \d+ ([\w.\-]+):\d+\] ?(.*)$")
+_TABLE = re.compile(r"^[+|]")  # the server's tables of backends, models and options
+_HARMLESS = "CudaDriverHelper has not been initialized"  # what a server says on a machine without a GPU
+
+
+def progress_of(line: str) -> tuple[str, str] | None:
+    """(level, text) of a line that a person wants to see during the start; None for the server's own chatter.
+
+    `I1123 19:14:00.123 77 model.py:20] "weights 3.1 s"` gives ("I", "weights 3.1 s"): Python's lines, warnings and
+    errors are shown; information from the server's C++ files is not. A line without such a head is raw: level "".
+    """
+    match = _GLOG.match(line)
+    if match is None:
+        return None if not line.strip() or _TABLE.match(line) else ("", line)
+    level, source, text = match.groups()
+    if (level == "I" and source.endswith((".cc", ".h"))) or _HARMLESS in text:
+        return None
+    return level, text.strip('"')
