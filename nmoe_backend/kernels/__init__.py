@@ -1,0 +1,5 @@
+"""One operation a file. Imports torch only; kernels do not import each other and nothing of this project.
+
+`<name>_reference` is the plain-torch form: slow, obviously right, on any device. It is what a faster kernel of the same
+operation is tested against. Layers reach operations through `layers/ops.py` only.
+"""

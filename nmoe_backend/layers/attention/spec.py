@@ -1,0 +1,34 @@
+"""What an attention kind offers: how much it caches per token, what it prepares once per step, and its forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from nmoe_backend.layers.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSpec:
+    """A layer's paged cache is one tensor [P, B, width] in the compute dtype."""
+
+    width: int
+
+    def bytes_per_token(self, itemsize: int) -> int:
+        return self.width * itemsize
+
+
+class Attention(Protocol):
+    """One layer's attention. `cache_spec(spec)`, a static method beside it, sizes the cache before loading."""
+
+    @property
+    def plan_key(self) -> object:
+        """Layers with equal keys share one plan a step."""
+
+    def plan(self, batch: Batch) -> Any:
+        """What is the same for all layers of a step, computed once."""
+
+    def forward(self, x: Tensor, plan: Any, cache: Tensor) -> Tensor:
+        """x [T, D] (T > 0), cache [P, B, width] (written in place) -> [T, D]"""

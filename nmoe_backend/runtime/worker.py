@@ -1,0 +1,208 @@
+"""One rank: runs the model and the sampler over the plans of its engine. Implements `types.Rank`.
+
+Owns the rank's slots (with SlotState), the running sums of embedding requests, and the lifetime of the model, cache and
+sampler that it was given. An error in a step releases the peers, which then fail too: the engine takes its fatal path.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nmoe_backend.model import DecoderModel
+from nmoe_backend.parallel.ranks import RankContext
+from nmoe_backend.runtime.batch import SlotState
+from nmoe_backend.runtime.kv_cache import KVCache
+from nmoe_backend.types import (
+    EngineLimits,
+    PendingOutput,
+    RankError,
+    RankOutput,
+    RankPlan,
+    SlotInit,
+    StepPlan,
+    TokenLogprobs,
+)
+
+if TYPE_CHECKING:
+    from nmoe_backend.runtime.sampler import Sampler
+
+HEAD_ROWS = 256  # rows of the head at once for prompt logprobs: 132 MB of logits at a vocabulary of 129,280
+POLL_S = 50e-6  # of a CUDA event: cudaEventSynchronize has no time limit
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyOutput:
+    """A step that was done when `execute` returned."""
+
+    output: RankOutput
+
+    def wait(self, timeout_s: float) -> RankOutput:
+        return self.output
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOutput:
+    """A step whose token ids are on their way to pinned host memory, behind an event."""
+
+    output: RankOutput  # without token ids
+    token_ids: Tensor  # [N] int64, pinned
+    done: torch.cuda.Event
+
+    def wait(self, timeout_s: float) -> RankOutput:
+        deadline = time.monotonic() + timeout_s
+        while not self.done.query():
+            if time.monotonic() > deadline:
+                raise RankError(f"the device did not finish a step within {timeout_s:g} s; restart the replica.")
+            time.sleep(POLL_S)
+        return RankOutput(
+            token_ids=self.token_ids.tolist(),
+            logprobs=self.output.logprobs,
+            prompt_logprobs=self.output.prompt_logprobs,
+            embeddings=self.output.embeddings,
+        )
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What a slot's sequence needs of its worker beyond pages and sampler state."""
+
+    init: SlotInit
+    hidden_sum: Tensor | None = field(default=None)  # [D] fp32, embedding requests only
+
+
+class Worker:
+    """Called from its rank's thread only, except `abort`."""
+
+    def __init__(
+        self, model: DecoderModel, kv_cache: KVCache, sampler: Sampler, limits: EngineLimits, context: RankContext
+    ) -> None:
+        self._model: DecoderModel | None = model
+        self._kv_cache: KVCache | None = kv_cache
+        self._sampler: Sampler | None = sampler
+        self._context = context
+        self._state = SlotState(limits, context.device)
+        self._slots: dict[int, _Slot] = {}
+
+    def execute(self, plan: StepPlan) -> PendingOutput:
+        """Run this rank's share of the step. Raises RankError when a peer fails, and whatever went wrong here."""
+        model, kv_cache = self._model, self._kv_cache
+        if model is None or kv_cache is None:
+            raise RankError(f"rank {self._context.rank} is closed. Start a new engine.")
+        rank_plan = plan.ranks[self._context.rank]
+        with self._context.activate():
+            self._admit(rank_plan)
+            batch = self._state.fill(plan, self._context.rank)
+            hidden = model.forward(batch, kv_cache.layers)
+            ends = _ends(rank_plan)
+            prompt_logprobs = self._prompt_logprobs(rank_plan, ends, hidden)
+            embeddings = self._embeddings(rank_plan, ends, hidden)
+            token_ids, logprobs = self._sample(rank_plan, ends, hidden)
+            return self._pending(token_ids, logprobs, prompt_logprobs, embeddings)
+
+    def abort(self) -> None:
+        """Make whatever waits for a peer give up with RankError. From any thread, idempotent."""
+        self._context.abort()
+
+    def close(self) -> None:
+        """Release model, cache, sampler and exchange buffers. The rank's thread has ended. Idempotent."""
+        if self._kv_cache is not None:
+            self._kv_cache.close()
+        self._model = self._kv_cache = self._sampler = None
+        self._slots.clear()
+        self._context.close()
+
+    def _admit(self, plan: RankPlan) -> None:
+        for init in plan.admitted:
+            self._slots[init.slot] = _Slot(init)
+            self._require_sampler().admit(init)
+
+    def _sample(
+        self, plan: RankPlan, ends: list[int], hidden: Tensor
+    ) -> tuple[Tensor | None, dict[int, TokenLogprobs]]:
+        """The head and the sampler on the rows' last tokens, where asked for."""
+        rows = [row for row, samples in enumerate(plan.samples) if samples]
+        if not rows:
+            return None, {}
+        slots = [plan.slots[row] for row in rows]
+        if len(rows) < hidden.shape[0]:
+            last = torch.tensor([ends[row] - 1 for row in rows], device=hidden.device)
+            hidden = hidden.index_select(0, last)
+        positions = [plan.starts[row] + plan.lengths[row] for row in rows]
+        sampled = self._require_sampler().sample(self._require_model().logits(hidden), slots, positions)
+        self._state.record_sampled(slots, sampled.token_ids)
+        return sampled.token_ids, {rows[n]: value for n, value in sampled.logprobs.items()}
+
+    def _prompt_logprobs(self, plan: RankPlan, ends: list[int], hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
+        """Row -> logprobs of prompt tokens [start + 1, start + length + 1); the head runs in slices of the chunk."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        for row in range(plan.num_decode, len(plan.slots)):
+            init = self._slots[plan.slots[row]].init
+            num_top = init.sampling.num_prompt_logprobs
+            start, length = plan.starts[row], plan.lengths[row]
+            targets = init.prompt_ids[start + 1 : start + length + 1]
+            if num_top is None or not targets:
+                continue
+            first = ends[row] - length
+            found[row] = []
+            for offset in range(0, len(targets), HEAD_ROWS):
+                part = list(targets[offset : offset + HEAD_ROWS])
+                logits = self._require_model().logits(hidden[first + offset : first + offset + len(part)])
+                found[row] += self._require_sampler().prompt_logprobs(logits, part, num_top)
+        return found
+
+    def _embeddings(self, plan: RankPlan, ends: list[int], hidden: Tensor) -> dict[int, list[float]]:
+        """Row -> mean of the final hidden states over its prompt, with the chunk that ends it."""
+        found: dict[int, list[float]] = {}
+        for row in range(plan.num_decode, len(plan.slots)):
+            slot = self._slots[plan.slots[row]]
+            if not slot.init.embed:
+                continue
+            start, length, prompt_len = plan.starts[row], plan.lengths[row], len(slot.init.prompt_ids)
+            chunk = hidden[ends[row] - length : ends[row]].float().sum(0)
+            slot.hidden_sum = chunk if slot.hidden_sum is None or start == 0 else slot.hidden_sum + chunk
+            if start + length == prompt_len:
+                found[row] = (slot.hidden_sum / prompt_len).tolist()
+        return found
+
+    def _pending(
+        self,
+        token_ids: Tensor | None,
+        logprobs: dict[int, TokenLogprobs],
+        prompt_logprobs: dict[int, list[TokenLogprobs]],
+        embeddings: dict[int, list[float]],
+    ) -> PendingOutput:
+        output = RankOutput(
+            token_ids=token_ids.tolist() if token_ids is not None and token_ids.device.type == "cpu" else (),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            embeddings=embeddings,
+        )
+        if token_ids is None or token_ids.device.type == "cpu":
+            return ReadyOutput(output)
+        pinned = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+        pinned.copy_(token_ids, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(self._context.stream)
+        return CudaOutput(output, pinned, done)
+
+    def _require_model(self) -> DecoderModel:
+        assert self._model is not None, "execute checks that the worker is open"
+        return self._model
+
+    def _require_sampler(self) -> Sampler:
+        assert self._sampler is not None, "execute checks that the worker is open"
+        return self._sampler
+
+
+def _ends(plan: RankPlan) -> list[int]:
+    """For each row, the index behind its last token among the step's tokens."""
+    ends, total = [], 0
+    for length in plan.lengths:
+        total += length
+        ends.append(total)
+    return ends
