@@ -1,0 +1,227 @@
+"""Loading one rank, from the hub's form: what is read, what comes out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nmoe_backend import models
+from nmoe_backend.models.checkpoint import checkpoint_bytes, open_rank
+from nmoe_backend.runtime.weights import load_rank_weights, read_bytes
+from nmoe_backend.safetensors_header import TensorInfo
+from nmoe_backend.types import ConfigError
+
+WORLD = 8
+
+
+def load(path: Path, rank: int = 0, world_size: int = WORLD, dtype: torch.dtype = torch.float32, **kwargs):
+    spec = models.load_spec(path)
+    return load_rank_weights(path, spec, rank=rank, world_size=world_size, device="cpu", dtype=dtype, **kwargs)
+
+
+def hub_tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def dequantised(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Element by element: weight * scale of its block."""
+    weight, scale = tensors[name].float(), tensors[f"{name}_scale_inv"]
+    rows, columns = torch.meshgrid(*(torch.arange(n) // 128 for n in weight.shape), indexing="ij")
+    return weight * scale[rows, columns]
+
+
+def edited(source: Path, out: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A one-file copy of a checkpoint after `edit` of its tensors."""
+    tensors = hub_tensors(source)
+    edit(tensors)
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors")
+    shutil.copy(source / "config.json", out)
+    return out
+
+
+@pytest.mark.parametrize("rank", [0, 3, 7])
+def test_a_rank_holds_the_hubs_values_of_its_own_experts(checkpoints, rank):
+    hub, weights = hub_tensors(checkpoints["float32"]), load(checkpoints["float32"], rank)
+    expert = f"model.layers.2.mlp.experts.{rank}"
+    assert torch.equal(
+        weights["layers.2.ffn.w13"][0],
+        torch.cat([hub[f"{expert}.gate_proj.weight"], hub[f"{expert}.up_proj.weight"]]),
+    )
+    assert torch.equal(weights["layers.2.ffn.w2"][0], hub[f"{expert}.down_proj.weight"])
+    pairs = {
+        "embed.weight": "model.embed_tokens.weight",
+        "lm_head.weight": "lm_head.weight",
+        "layers.0.ffn.w1.weight": "model.layers.0.mlp.gate_proj.weight",
+        "layers.0.ffn.w2.weight": "model.layers.0.mlp.down_proj.weight",
+        "layers.0.ffn.w3.weight": "model.layers.0.mlp.up_proj.weight",
+        "layers.1.attn.wkv_a.weight": "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",
+        "layers.1.attn.kv_norm.weight": "model.layers.1.self_attn.kv_a_layernorm.weight",
+        "layers.1.ffn.gate.bias": "model.layers.1.mlp.gate.e_score_correction_bias",
+        "layers.1.ffn.shared.w2.weight": "model.layers.1.mlp.shared_experts.down_proj.weight",
+        "layers.1.ffn_norm.weight": "model.layers.1.post_attention_layernorm.weight",
+    }
+    assert all(torch.equal(weights[ours], hub[theirs]) for ours, theirs in pairs.items())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_names_and_shapes_are_those_of_the_table_whatever_the_world(checkpoints, world_size):
+    path = checkpoints["bfloat16"]
+    weights = load(path, rank=world_size - 1, world_size=world_size)
+    table = models.parameters(models.load_spec(path), world_size - 1, world_size)
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {p.name: p.shape for p in table}
+    assert all(tensor.is_contiguous() for tensor in weights.values())
+
+
+def test_fp8_weights_come_out_dequantised_block_by_block(checkpoints):
+    hub, weights = hub_tensors(checkpoints["fp8"]), load(checkpoints["fp8"], rank=5)
+    assert not [name for name in weights if "scale" in name]
+    assert torch.equal(
+        weights["layers.1.attn.wq_b.weight"], dequantised(hub, "model.layers.1.self_attn.q_b_proj.weight")
+    )
+    parts = [dequantised(hub, f"model.layers.1.mlp.experts.5.{proj}.weight") for proj in ("gate_proj", "up_proj")]
+    assert torch.equal(weights["layers.1.ffn.w13"][0], torch.cat(parts))
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everything_is_cast_but_the_routers_parameters_stay_float32(checkpoints, form, dtype):
+    weights = load(checkpoints[form], dtype=dtype)
+    float32 = {name for name, tensor in weights.items() if tensor.dtype == torch.float32}
+    routers = {name for name in weights if ".gate." in name}
+    assert len(routers) == 4
+    assert float32 == (routers if dtype == torch.bfloat16 else set(weights))
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "fp8"])
+def test_only_this_ranks_experts_are_read_and_each_byte_once(checkpoints, form):
+    read: Counter[tuple[Path, int]] = Counter()
+
+    def counting(info: TensorInfo) -> bytearray:
+        read[info.file, info.begin] += info.num_bytes
+        return read_bytes(info)
+
+    path = checkpoints[form]
+    load(path, rank=6, read=counting)
+    checkpoint = open_rank(path, models.load_spec(path), 6, WORLD)
+    mine = {(i.file, i.begin): i.num_bytes for i in checkpoint.tensors.values()}
+    assert dict(read) == mine
+    experts = {name for name in checkpoint.tensors if ".mlp.experts." in name}
+    assert {name.split(".experts.")[1].split(".")[0] for name in experts} == {"6"}
+
+
+def test_checkpoint_bytes_are_what_a_rank_reads_with_float32_parameters_widened(checkpoints):
+    path = checkpoints["bfloat16"]
+    spec, total = models.load_spec(path), 0
+    for param in models.parameters(spec, 0, WORLD):
+        total += (4 if param.float32 else 2) * torch.Size(param.shape).numel()
+    assert checkpoint_bytes(path, spec, WORLD) == total
+
+
+def test_mtp_layers_are_listed_and_ignored(checkpoints, caplog):
+    path = checkpoints["float32"]
+    ignored = open_rank(path, models.load_spec(path), 0, WORLD).ignored
+    assert "model.layers.3.eh_proj.weight" in ignored
+    assert all(name.startswith("model.layers.3.") for name in ignored)
+    with caplog.at_level("INFO"):
+        load(path)
+    assert "model.layers.3.eh_proj.weight" in caplog.text
+
+
+def test_all_misfits_are_in_one_error(checkpoints, tmp_path):
+    def edit(tensors):
+        del tensors["model.layers.1.mlp.experts.0.up_proj.weight"]
+        tensors["model.layers.1.mlp.experts.9.up_proj.weight"] = torch.zeros(1)
+        tensors["model.norm.weight"] = torch.zeros(63)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int32)
+
+    path = edited(checkpoints["float32"], tmp_path / "x", edit)
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    for line in (
+        "4 tensors are wrong",
+        "model.layers.1.mlp.experts.0.up_proj.weight: missing",
+        "model.layers.1.mlp.experts.9.up_proj.weight: unexpected",
+        "model.norm.weight: shape [63], needs [64]",
+        "lm_head.weight: dtype I32, needs BF16 or F16 or F32",
+    ):
+        assert line in str(error.value)
+
+
+def test_a_long_list_of_misfits_is_cut_with_a_count(checkpoints, tmp_path):
+    path = edited(checkpoints["float32"], tmp_path / "x", lambda tensors: [tensors.pop(n) for n in list(tensors)[5:80]])
+    with pytest.raises(ConfigError, match=r"tensors are wrong(.|\n)*\.\.\. and \d+ more"):
+        load(path)
+
+
+def test_unquantised_weights_under_a_quantisation_config_are_refused(checkpoints, tmp_path):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    path = edited(checkpoints["fp8"], tmp_path / "x", lambda tensors: tensors.update({name: tensors[name].float()}))
+    with pytest.raises(ConfigError, match=rf"{name}: dtype F32, needs F8_E4M3"):
+        load(path)
+
+
+def test_experts_of_mixed_dtypes_are_refused(checkpoints, tmp_path):
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    path = edited(checkpoints["float32"], tmp_path / "x", lambda tensors: tensors.update({name: tensors[name].half()}))
+    with pytest.raises(ConfigError, match=r"layers\.1\.ffn\.w13: its sources mix F16 and F32"):
+        load(path)
+
+
+def test_one_file_without_an_index_loads_the_same(checkpoints, tmp_path):
+    path = edited(checkpoints["float32"], tmp_path / "x", lambda tensors: None)
+    expected = load(checkpoints["float32"], 2)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load(path, 2).items())
+
+
+def test_a_missing_shard_is_named(checkpoints, tmp_path):
+    path = shutil.copytree(checkpoints["bfloat16"], tmp_path / "x")
+    (path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ConfigError, match="names 3 files, and 1 are missing: model-00002-of-00003"):
+        load(path)
+
+
+def test_a_truncated_shard_is_named(checkpoints, tmp_path):
+    path = shutil.copytree(checkpoints["bfloat16"], tmp_path / "x")
+    file = path / "model-00003-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ConfigError, match=r"model-00003-of-00003.*truncated"):
+        load(path)
+
+
+def test_a_file_that_shrinks_after_its_header_was_read_is_an_error(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(bytes(10))
+    with pytest.raises(ConfigError, match="ended 6 bytes early"):
+        read_bytes(TensorInfo(dtype="U8", shape=(16,), file=file, begin=0, end=16))
+
+
+def test_a_folder_without_weights_says_what_it_needs(checkpoints, tmp_path):
+    shutil.copy(checkpoints["bfloat16"] / "config.json", tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json"):
+        load(tmp_path)
+
+
+def test_a_float16_checkpoint_loads_with_its_router_in_float32(checkpoints, tmp_path):
+    def edit(tensors):
+        tensors |= {name: tensor.half() for name, tensor in tensors.items()}
+
+    weights = load(edited(checkpoints["float32"], tmp_path / "x", edit), dtype=torch.bfloat16)
+    assert weights["layers.1.ffn.gate.weight"].dtype == torch.float32
+    expected = hub_tensors(checkpoints["float32"])["model.norm.weight"].half().to(torch.bfloat16)
+    assert torch.equal(weights["norm.weight"], expected)
+
+
+def test_more_experts_than_the_config_says_are_unexpected(checkpoints, tmp_path):
+    path = shutil.copytree(checkpoints["bfloat16"], tmp_path / "x")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"n_routed_experts": 4, "n_group": 2}))
+    with pytest.raises(ConfigError, match=r"experts\.7\.up_proj\.weight: unexpected"):
+        load(path, world_size=4)
