@@ -74,6 +74,7 @@ def hf_model(seed: int = 0) -> torch.nn.Module:
             "mscale_all_dim": 0.7,
         },
         num_mtp_layers=0,
+        eos_token_id=None,
         attn_implementation="eager",
         dtype=torch.float32,
     )
