@@ -143,22 +143,28 @@ class StopChecker:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
-        self._held = ""
+        self.held = ""  # what may be the beginning of a stop string
+
+    def fresh(self, held: str) -> StopChecker:
+        """Another checker for the same strings that holds back `held`."""
+        checker = StopChecker(self._stop)
+        checker.held = held
+        return checker
 
     def feed(self, delta: str) -> tuple[str, bool]:
         """(text that may go out, whether a stop string was found). The text ends before the stop string."""
-        buffer = self._held + delta
+        buffer = self.held + delta
         found = [(at + len(stop), at) for stop in self._stop if (at := buffer.find(stop)) >= 0]
         if found:
-            self._held = ""
+            self.held = ""
             return buffer[: min(found)[1]], True
         cut = min((self._prefix_at(buffer, stop) for stop in self._stop), default=len(buffer))
-        self._held = buffer[cut:]
+        self.held = buffer[cut:]
         return buffer[:cut], False
 
     def flush(self) -> str:
         """At the end: what was held back after all."""
-        held, self._held = self._held, ""
+        held, self.held = self.held, ""
         return held
 
     @staticmethod

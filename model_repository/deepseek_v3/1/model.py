@@ -1,0 +1,150 @@
+"""The face of the engine in Triton: tensors in, a stream of responses out. Everything else is in nmoe_backend.
+
+Decoupled: `execute` hands requests to the engine and returns at once; the responder's threads send. One instance
+(KIND_MODEL, count 1) holds all ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from nmoe_backend import stub
+from nmoe_backend.config import ServeConfig
+from nmoe_backend.contract import Call, Contract, StopCommand
+from nmoe_backend.contract_outputs import OUTPUTS, Chunk, ResponseEncoder
+from nmoe_backend.metrics import Metric, Metrics, MetricSpec, MetricsPusher
+from nmoe_backend.responder import ChannelError, Responder
+from nmoe_backend.text import Text
+from nmoe_backend.types import ErrorKind, RequestError
+
+DRAIN_S = 20.0  # inside tritonserver's --exit-timeout-secs of 30
+_CODES = {
+    ErrorKind.INVALID: pb_utils.TritonError.INVALID_ARG,
+    ErrorKind.OVERLOADED: pb_utils.TritonError.UNAVAILABLE,
+    ErrorKind.DEADLINE: pb_utils.TritonError.UNAVAILABLE,
+    ErrorKind.CANCELLED: pb_utils.TritonError.CANCELLED,
+    ErrorKind.NOT_FOUND: pb_utils.TritonError.NOT_FOUND,
+    ErrorKind.UNAVAILABLE: pb_utils.TritonError.UNAVAILABLE,
+    ErrorKind.ENGINE: pb_utils.TritonError.INTERNAL,
+}
+
+
+class TritonPythonModel:
+    """See the Python backend's documentation for when Triton calls what."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        config = stub.load_config(args)
+        text = Text(config.model_path)
+        self._contract = Contract(
+            text,
+            config.generation,
+            vocab_size=config.vocab_size,
+            max_seq_len=config.max_seq_len,
+            exclude_input_in_output=config.exclude_input_in_output,
+            allow_stop_by_id=config.allow_stop_by_id,
+        )
+        self._encoder = ResponseEncoder(pb_utils.Tensor, text)
+        self._metrics = Metrics(_register)
+        self._request_ids = itertools.count(1)
+        self._engine = self._start_engine(config)
+        self._responder = Responder(text, self._engine, self._metrics)
+        self._responder.start()
+        self._pusher = MetricsPusher(self._metrics, self._engine.stats)
+        self._pusher.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        arrival_s = time.monotonic()
+        for request in requests:
+            channel = _Channel(request.get_response_sender(), self._encoder)
+            try:
+                self._accept(request, channel, arrival_s)
+            except RequestError as error:
+                self._metrics.refused(error.kind)
+                channel.fail(error)
+
+    def is_ready(self) -> bool:
+        """Asked by newer servers for /v2/health; `nmoe serve` watches from outside where the server does not ask."""
+        return self._engine.is_alive() and self._responder.is_alive()
+
+    def finalize(self) -> None:
+        self._engine.drain(DRAIN_S)
+        self._responder.close(timeout_s=1.0)
+        self._pusher.stop()
+        self._engine.close()
+
+    def _start_engine(self, config: ServeConfig) -> Any:
+        from nmoe_backend import warmup  # torch; a scripted engine needs none
+
+        return warmup.start(config)
+
+    def _accept(self, request: Any, channel: _Channel, arrival_s: float) -> None:
+        requested = frozenset(request.requested_output_names())
+        call = Call(
+            request_id=next(self._request_ids),
+            tensors={tensor.name(): tensor.as_numpy() for tensor in request.inputs()},
+            parameters=request.parameters(),
+            client_id=request.request_id(),
+            requested_outputs=requested,
+            timeout_us=request.timeout(),
+            arrival_s=arrival_s,
+        )
+        parsed = self._contract.parse(call)
+        if isinstance(parsed, StopCommand):
+            self._engine.cancel_by_client_id(parsed.client_id)
+            channel.answer_empty([name for name in OUTPUTS if name in requested])
+            return
+        stream = self._responder.open(parsed, channel)
+        try:
+            self._engine.submit(parsed.request, stream)
+        except RequestError:
+            self._responder.discard(stream)
+            raise
+
+
+class _Channel:
+    """A pb_utils response sender as the responder sees it."""
+
+    def __init__(self, sender: Any, encoder: ResponseEncoder[Any]) -> None:
+        self._sender = sender
+        self._encoder = encoder
+
+    def send(self, chunk: Chunk, outputs: Sequence[str], final: bool) -> None:
+        self._send(pb_utils.InferenceResponse(self._encoder.encode(chunk, outputs)), final)
+
+    def fail(self, error: RequestError) -> None:
+        failure = pb_utils.TritonError(str(error), _CODES[error.kind])
+        self._send(pb_utils.InferenceResponse(error=failure), final=True)
+
+    def answer_empty(self, outputs: Sequence[str]) -> None:
+        """The only response to a `stop` command."""
+        self._send(pb_utils.InferenceResponse(self._encoder.empty(outputs)), final=True)
+
+    def is_cancelled(self) -> bool:
+        try:
+            return bool(self._sender.is_cancelled())
+        except pb_utils.TritonModelException as error:
+            raise ChannelError(str(error)) from error
+
+    def _send(self, response: Any, final: bool) -> None:
+        try:
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+        except pb_utils.TritonModelException as error:
+            raise ChannelError(str(error)) from error
+
+
+def _register(spec: MetricSpec, labels: Mapping[str, str]) -> Metric:
+    """One family each per series: the metric keeps its family alive, and Triton joins families of one name."""
+    kinds = {
+        "counter": pb_utils.MetricFamily.COUNTER,
+        "gauge": pb_utils.MetricFamily.GAUGE,
+        "histogram": pb_utils.MetricFamily.HISTOGRAM,
+    }
+    family = pb_utils.MetricFamily(name=spec.name, description=spec.help, kind=kinds[spec.kind])
+    if spec.kind == "histogram":
+        return family.Metric(labels=dict(labels), buckets=list(spec.buckets))
+    return family.Metric(labels=dict(labels))

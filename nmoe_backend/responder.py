@@ -1,0 +1,300 @@
+"""Every stream's way out: from the engine's tokens to responses, in order, each once.
+
+The engine thread only appends to a stream and never sends (a send is a blocking round trip of about 150 us). A few
+sender threads take ready streams in turn and send one response with whatever a stream has accumulated: chunks are one
+token while the senders keep up and grow when they do not. No timer waits for more.
+
+Owns the sender threads and the polling of cancellation; knows nothing of Triton: a `Channel` is the way to one client.
+Never drops a token and never blocks the engine.
+
+Invariants:
+* A stream is in the ready queue or with one sender, never both: its responses leave in order.
+* Every stream ends with exactly one final response: the last content, or an error.
+* After its final response a stream ignores whatever the engine still puts.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from nmoe_backend.contract import ParsedRequest
+from nmoe_backend.contract_outputs import Chunk
+from nmoe_backend.responder_chunks import ChunkBuilder, Taken, Token
+from nmoe_backend.text import Text
+from nmoe_backend.types import ErrorKind, FinishReason, RequestError, TokenLogprobs
+
+POLL_INTERVAL_S = 0.1
+POLL_ROUND_TICKS = 9  # in so many ticks every live stream is asked: once a second, with a tick to spare
+MIN_POLLS_PER_TICK = 16  # a few streams are asked more often: at 80 us a poll this is 1.3 % of a core
+_log = logging.getLogger(__name__)
+
+
+class ChannelError(Exception):
+    """A response could not be delivered."""
+
+
+class Channel(Protocol):
+    """The way to one client. One thread at a time sends; `is_cancelled` may be asked beside it."""
+
+    def send(self, chunk: Chunk, outputs: Sequence[str], final: bool) -> None:
+        """One response. Raises ChannelError when it cannot be delivered."""
+
+    def fail(self, error: RequestError) -> None:
+        """The final response, an error. Raises ChannelError when it cannot be delivered."""
+
+    def is_cancelled(self) -> bool:
+        """Whether the client went away."""
+
+
+class Requests(Protocol):
+    """What streams tell the engine (an Orchestrator)."""
+
+    def cancel(self, request_id: int) -> None:
+        """The client is gone."""
+
+    def finish(self, request_id: int, reason: FinishReason = "stop") -> None:
+        """A stop string was found."""
+
+
+class Observer(Protocol):
+    """Who measures (metrics.py). Called from sender threads."""
+
+    def first_tokens(self, ttft_s: float) -> None:
+        """The first response with a token left, so long after the arrival."""
+
+    def more_tokens(self, gap_s: float, num_tokens: int) -> None:
+        """A further response left, `gap_s` after the one before."""
+
+    def ended(self, latency_s: float, error: ErrorKind | None) -> None:
+        """The final response left."""
+
+
+class Stream:
+    """One request's TokenSink. The engine thread puts; one sender at a time takes."""
+
+    def __init__(self, parsed: ParsedRequest, channel: Channel, text: Text, ready: Callable[[Stream], None]) -> None:
+        self.request_id = parsed.request.request_id
+        self.arrival_s = parsed.request.arrival_s
+        self.outputs = parsed.response.outputs
+        self.channel = channel
+        self.chunks = ChunkBuilder(parsed, text)
+        self.last_sent_s: float | None = None  # the last response with tokens
+        self.closed = False  # the final response left
+        self.error: RequestError | None = None
+        self._ready = ready
+        self._lock = threading.Lock()
+        self._scheduled = False  # in the ready queue or with a sender
+        self._tokens: deque[Token] = deque()
+        self._prompt_logprobs: list[TokenLogprobs] | None = None
+        self._embedding: list[float] = []
+        self._end: FinishReason | None = None
+        # one response and no stop string: nothing has to be looked at before the end
+        self._waits_for_end = not parsed.response.stream and not parsed.request.sampling.stop
+
+    def put(
+        self, token_id: int, logprobs: TokenLogprobs | None = None, finish_reason: FinishReason | None = None
+    ) -> None:
+        """One token."""
+        self._tokens.append((token_id, logprobs, finish_reason))
+        if finish_reason is not None:
+            self._waits_for_end = False
+        if not self._scheduled and not self._waits_for_end:
+            self._schedule()
+
+    def put_prompt_logprobs(self, logprobs: list[TokenLogprobs]) -> None:
+        """Goes out with the first response."""
+        self._prompt_logprobs = logprobs
+
+    def put_embedding(self, embedding: list[float]) -> None:
+        """Goes out with the last response."""
+        self._embedding = embedding
+
+    def close(self, finish_reason: FinishReason, error: RequestError | None = None) -> None:
+        """The end without a token."""
+        if error is None and finish_reason in ("cancelled", "error"):
+            kind = ErrorKind.CANCELLED if finish_reason == "cancelled" else ErrorKind.ENGINE
+            error = RequestError(f"the request ended: {finish_reason}", kind)
+        self.error = error
+        self._waits_for_end = False
+        self._end = finish_reason
+        if not self._scheduled:
+            self._schedule()
+
+    def take(self) -> Taken:
+        """Everything so far. `_end` is read first: what was put before it is then in the queue."""
+        end, tokens = self._end, self._tokens
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        return Taken(
+            tokens=[tokens.popleft() for _ in range(len(tokens))],
+            prompt_logprobs=prompt_logprobs,
+            embedding=self._embedding,
+            end=end,
+        )
+
+    def release(self) -> None:
+        """The sender is done with it for now: back into the queue if something came meanwhile.
+
+        The flag falls before the queue is looked at, and `put` appends before it looks at the flag: one of the two sees
+        the other, so no token is left lying.
+        """
+        with self._lock:
+            self._scheduled = False
+            if not self.closed and not self._waits_for_end and (self._tokens or self._end is not None):
+                self._scheduled = True
+                self._ready(self)
+
+    def _schedule(self) -> None:
+        with self._lock:
+            if not self._scheduled and not self.closed:
+                self._scheduled = True
+                self._ready(self)
+
+
+class Responder:
+    """Sender threads and the cancellation poll over all live streams."""
+
+    def __init__(
+        self,
+        text: Text,
+        requests: Requests,
+        observer: Observer,
+        *,
+        num_senders: int = 2,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._text = text
+        self._requests = requests
+        self._observer = observer
+        self._clock = clock
+        self._ready: queue.SimpleQueue[Stream | None] = queue.SimpleQueue()
+        self._live: dict[int, Stream] = {}
+        self._poll_queue: deque[Stream] = deque()
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._send_loop, name=f"sender-{i}") for i in range(num_senders)]
+        self._threads.append(threading.Thread(target=self._poll_loop, name="cancel-poll"))
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def open(self, parsed: ParsedRequest, channel: Channel) -> Stream:
+        """The sink for a request that is about to be submitted."""
+        stream = Stream(parsed, channel, self._text, self._ready.put)
+        self._live[stream.request_id] = stream
+        self._poll_queue.append(stream)
+        return stream
+
+    def discard(self, stream: Stream) -> None:
+        """The engine did not take it; whoever opened it answers the client."""
+        self._forget(stream)
+
+    def num_live(self) -> int:
+        """Streams without a final response."""
+        return len(self._live)
+
+    def is_alive(self) -> bool:
+        """False when a thread died of a bug: streams would hang."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for live streams (the engine has ended them), close what is left with an error, end the threads."""
+        limit = self._clock() + timeout_s
+        while self._live and self.is_alive() and self._clock() < limit:
+            self._stopping.wait(0.01)
+        for stream in list(self._live.values()):
+            stream.close("error", RequestError("the server is shutting down. Send it again.", ErrorKind.UNAVAILABLE))
+        self._stopping.set()
+        for _ in self._threads:
+            self._ready.put(None)  # behind the streams that were closed above
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def serve(self, stream: Stream) -> None:
+        """Send what one stream has accumulated."""
+        taken = stream.take()
+        if stream.error is not None and taken.end is not None:
+            self._fail(stream, stream.error)
+            return
+        chunk = stream.chunks.build(taken)
+        if chunk is not None:
+            self._send(stream, chunk, found_stop=chunk.finish_reason is not None and not _has_end(taken))
+        stream.release()
+
+    def poll(self) -> None:
+        """One tick: ask some of the live streams whether their clients are gone."""
+        polls = max(MIN_POLLS_PER_TICK, -(-len(self._poll_queue) // POLL_ROUND_TICKS))
+        for _ in range(min(polls, len(self._poll_queue))):
+            stream = self._poll_queue.popleft()
+            if stream.closed:
+                continue
+            if self._is_gone(stream):
+                self._requests.cancel(stream.request_id)  # its sink is closed by the engine, and so ends with FINAL
+            else:
+                self._poll_queue.append(stream)
+
+    def _send(self, stream: Stream, chunk: Chunk, found_stop: bool) -> None:
+        final = chunk.finish_reason is not None
+        if found_stop:
+            self._requests.finish(stream.request_id)
+        if final:
+            self._forget(stream)
+        try:
+            stream.channel.send(chunk, stream.outputs, final)
+        except ChannelError as error:
+            self._lose(stream, error)
+            return
+        now = self._clock()
+        if stream.last_sent_s is None:
+            self._observer.first_tokens(now - stream.arrival_s)
+        elif chunk.token_ids:
+            self._observer.more_tokens(now - stream.last_sent_s, len(chunk.token_ids))
+        stream.last_sent_s = now
+        if final:
+            self._observer.ended(now - stream.arrival_s, None)
+
+    def _fail(self, stream: Stream, error: RequestError) -> None:
+        self._forget(stream)
+        try:
+            stream.channel.fail(error)
+        except ChannelError as failure:
+            _log.info("request %d: its error could not be delivered: %s", stream.request_id, failure)
+        self._observer.ended(self._clock() - stream.arrival_s, error.kind)
+
+    def _lose(self, stream: Stream, error: ChannelError) -> None:
+        """A response could not be delivered: the client is gone."""
+        _log.info("request %d: cancelled, a response could not be delivered: %s", stream.request_id, error)
+        self._requests.cancel(stream.request_id)
+        self._fail(stream, RequestError("the client is gone", ErrorKind.CANCELLED))
+
+    def _forget(self, stream: Stream) -> None:
+        stream.closed = True
+        self._live.pop(stream.request_id, None)
+
+    def _is_gone(self, stream: Stream) -> bool:
+        try:
+            return stream.channel.is_cancelled()
+        except ChannelError:  # its final response left a moment ago
+            return False
+
+    def _send_loop(self) -> None:
+        while (stream := self._ready.get()) is not None:
+            self.serve(stream)
+
+    def _poll_loop(self) -> None:
+        due = self._clock()
+        while not self._stopping.wait(max(0.0, due - self._clock())):
+            due = max(due + POLL_INTERVAL_S, self._clock())
+            self.poll()
+
+
+def _has_end(taken: Taken) -> bool:
+    """Whether the engine ended it; otherwise a stop string did."""
+    return taken.end is not None or bool(taken.tokens and taken.tokens[-1][2] is not None)

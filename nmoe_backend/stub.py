@@ -1,0 +1,43 @@
+"""What each of our Python-backend models does first: check NumPy, find the TOML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from nmoe_backend import environ
+from nmoe_backend.config import ServeConfig
+from nmoe_backend.types import ConfigError
+
+CONFIG_PARAMETER = "nmoe_config"
+
+
+def load_config(args: Mapping[str, str], environment: Mapping[str, str] | None = None) -> ServeConfig:
+    """The config for a model, from Triton's `initialize` arguments: NMOE_CONFIG, else config.pbtxt's `nmoe_config`.
+
+    A relative path in config.pbtxt is relative to the model's folder.
+    """
+    check_numpy(np.__version__)
+    path = environ.config_path(environment)
+    if path is None:
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        value = parameters.get(CONFIG_PARAMETER, {}).get("string_value", "")
+        path = Path(args["model_repository"], value)
+        if not value or not path.is_file():
+            raise ConfigError(
+                f"{args['model_name']}: {environ.CONFIG_VARIABLE} is not set and parameter {CONFIG_PARAMETER} of "
+                f"config.pbtxt is {value!r}, need the path of a TOML such as configs/tiny.toml. Set one of them."
+            )
+    return ServeConfig.from_toml(path.resolve())
+
+
+def check_numpy(version: str) -> None:
+    """The stub was compiled against NumPy 1: under NumPy 2 every tensor arrives empty, and over gRPC nobody notices."""
+    if int(version.split(".")[0]) >= 2:
+        raise ConfigError(
+            f"the Python of Triton's stub has NumPy {version}, needs NumPy 1 (tensors would arrive empty). "
+            "Run: pip install 'numpy<2', or start with scripts/serve."
+        )
