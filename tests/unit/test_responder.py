@@ -1,0 +1,395 @@
+"""responder.py: order, completeness, stop strings, endings and cancellation, without Triton and without an engine."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from nmoe_backend.contract import ParsedRequest, ResponseOptions
+from nmoe_backend.contract_outputs import Chunk
+from nmoe_backend.responder import ChannelError, Responder
+from nmoe_backend.text import Text
+from nmoe_backend.types import ErrorKind, FinishReason, Request, RequestError, SamplingParams, TokenLogprobs
+from tests.unit.test_text import make_folder, stop_reference
+
+ALL = ("text_output", "output_ids", "finish_reason")
+WAIT_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    return Text(make_folder(tmp_path_factory.mktemp("model")))
+
+
+class FakeChannel:
+    """Keeps what it is given. `ended` is set by the final response; `fails` counts sends that go wrong first."""
+
+    def __init__(self, fails: int = 0) -> None:
+        self.chunks: list[Chunk] = []
+        self.error: RequestError | None = None
+        self.ended = threading.Event()
+        self.gone = False
+        self.polls = 0
+        self._fails = fails
+
+    def send(self, chunk: Chunk, outputs: Sequence[str], final: bool) -> None:
+        if self._fails:
+            self._fails -= 1
+            raise ChannelError("broken pipe")
+        assert not self.ended.is_set(), "a response behind the final one"
+        self.chunks.append(chunk)
+        if final:
+            self.ended.set()
+
+    def fail(self, error: RequestError) -> None:
+        assert not self.ended.is_set(), "a response behind the final one"
+        self.error = error
+        self.ended.set()
+
+    def is_cancelled(self) -> bool:
+        self.polls += 1
+        return self.gone
+
+    def text(self) -> str:
+        return "".join(chunk.text for chunk in self.chunks)
+
+    def ids(self) -> list[int]:
+        return [token_id for chunk in self.chunks for token_id in chunk.token_ids]
+
+
+class FakeEngine:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[int] = []
+        self.finished: list[tuple[int, str]] = []
+
+    def cancel(self, request_id: int) -> None:
+        self.cancelled.append(request_id)
+
+    def finish(self, request_id: int, reason: FinishReason = "stop") -> None:
+        self.finished.append((request_id, reason))
+
+
+class FakeObserver:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.first: list[float] = []
+        self.more: list[tuple[float, int]] = []
+        self.ends: list[ErrorKind | None] = []
+
+    def first_tokens(self, ttft_s: float) -> None:
+        self.first.append(ttft_s)
+
+    def more_tokens(self, gap_s: float, num_tokens: int) -> None:
+        self.more.append((gap_s, num_tokens))
+
+    def ended(self, latency_s: float, error: ErrorKind | None) -> None:
+        self.ends.append(error)
+
+
+class Desk:
+    """A responder with fakes around it. `serve` runs its senders' work in the test's thread."""
+
+    def __init__(self, text: Text, **options: object) -> None:
+        self.engine, self.observer = FakeEngine(), FakeObserver()
+        self.responder = Responder(text, self.engine, self.observer, **options)  # type: ignore[arg-type]
+        self._ids = itertools.count(1)
+
+    def open(
+        self,
+        channel: FakeChannel,
+        *,
+        stream: bool = True,
+        echo: str = "",
+        outputs: tuple[str, ...] = ALL,
+        **sampling: object,
+    ):  # type: ignore[no-untyped-def]
+        request = Request(
+            request_id=next(self._ids),
+            prompt_ids=(1, 2),
+            sampling=SamplingParams(**sampling),  # type: ignore[arg-type]
+            arrival_s=0.0,
+        )
+        options = ResponseOptions(stream=stream, outputs=outputs, echo=echo)
+        return self.responder.open(ParsedRequest(request=request, response=options), channel)
+
+
+@pytest.fixture
+def desk(text: Text) -> Desk:
+    return Desk(text)
+
+
+def put_text(text: Text, stream: object, string: str, finish: FinishReason | None = "length") -> list[int]:
+    ids = text.encode_plain(string)
+    for index, token_id in enumerate(ids):
+        stream.put(token_id, None, finish if index == len(ids) - 1 else None)  # type: ignore[attr-defined]
+    return ids
+
+
+def test_tokens_that_wait_leave_as_one_chunk_and_the_last_one_is_final(desk: Desk, text: Text) -> None:
+    channel = FakeChannel()
+    stream = desk.open(channel)
+    first = put_text(text, stream, "hello ", None)
+    desk.responder.serve(stream)
+    second = put_text(text, stream, "world")
+    desk.responder.serve(stream)
+    assert [chunk.token_ids for chunk in channel.chunks] == [first, second]
+    assert [chunk.finish_reason for chunk in channel.chunks] == [None, "length"]
+    assert channel.text() == "hello world"
+    assert desk.responder.num_live() == 0
+
+
+def test_a_token_is_sent_at_once_even_when_its_character_is_not_whole(desk: Desk, text: Text) -> None:
+    channel = FakeChannel()
+    stream = desk.open(channel)
+    ids = text.encode_plain("\U0001f600")
+    for index, token_id in enumerate(ids):
+        stream.put(token_id, None, "length" if index == len(ids) - 1 else None)
+        desk.responder.serve(stream)
+    assert [chunk.text for chunk in channel.chunks] == [""] * (len(ids) - 1) + ["\U0001f600"]
+    assert channel.ids() == ids
+
+
+def test_half_a_character_at_the_end_becomes_u_fffd(desk: Desk, text: Text) -> None:
+    channel = FakeChannel()
+    stream = desk.open(channel)
+    stream.put(text.encode_plain("\U0001f600")[0], None, "length")
+    desk.responder.serve(stream)
+    assert channel.text() == "\ufffd"
+
+
+def test_without_stream_one_response_holds_everything(desk: Desk, text: Text) -> None:
+    for sampling in ({}, {"stop": ("XYZ",)}):
+        channel = FakeChannel()
+        stream = desk.open(channel, stream=False, echo="P:", **sampling)
+        ids = put_text(text, stream, "hello world", None)
+        desk.responder.serve(stream)
+        assert channel.chunks == []
+        ids += put_text(text, stream, " and more")
+        desk.responder.serve(stream)
+        assert len(channel.chunks) == 1
+        assert (channel.text(), channel.ids()) == ("P:hello world and more", ids)
+
+
+def test_the_token_that_ends_a_sequence_is_listed_and_has_no_text(desk: Desk, text: Text) -> None:
+    channel = FakeChannel()
+    stream = desk.open(channel)
+    ids = put_text(text, stream, "hello w", "stop")
+    desk.responder.serve(stream)
+    assert channel.ids() == ids
+    assert channel.text() == text.decode(ids[:-1])
+    assert desk.engine.finished == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_stop_string_cuts_text_and_ids_at_the_same_token_in_any_cut(text: Text, data: st.DataObject) -> None:
+    string = data.draw(st.text("hel wo\né", min_size=1, max_size=30))
+    stop = tuple(data.draw(st.lists(st.text("hel wo\né", min_size=1, max_size=4), min_size=1, max_size=3)))
+    ids = text.encode_plain(string)
+    cuts = data.draw(st.sets(st.integers(1, len(ids))))
+    desk, channel = Desk(text), FakeChannel()
+    stream = desk.open(channel, stop=stop, stream=data.draw(st.booleans()))
+    for index, token_id in enumerate(ids, start=1):
+        stream.put(token_id, None, "length" if index == len(ids) else None)
+        if (index in cuts or index == len(ids)) and not channel.ended.is_set():
+            desk.responder.serve(stream)
+    expected, found = stop_reference(list(stop), string)
+    assert channel.text() == expected
+    assert channel.chunks[-1].finish_reason == ("stop" if found else "length")
+    # the ids end with the first one whose text completes a stop string
+    last = next((n for n in range(1, len(ids) + 1) if stop_reference(list(stop), whole(text, ids[:n]))[1]), len(ids))
+    assert channel.ids() == ids[:last]
+
+
+def whole(text: Text, ids: list[int]) -> str:
+    """Decoded, without a character that is not complete."""
+    return text.decode(ids).rstrip("\ufffd")
+
+
+def test_a_stop_string_ends_the_request_in_the_engine_and_what_comes_later_is_ignored(desk: Desk, text: Text) -> None:
+    channel = FakeChannel()
+    stream = desk.open(channel, stop=("wo",))
+    put_text(text, stream, "hello world", None)
+    desk.responder.serve(stream)
+    assert (channel.text(), channel.chunks[-1].finish_reason) == ("hello ", "stop")
+    assert desk.engine.finished == [(stream.request_id, "stop")]
+    put_text(text, stream, "more", None)
+    stream.close("stop")
+    assert desk.responder._ready.qsize() == 1  # only the first put scheduled it
+    assert len(channel.chunks) == 1
+
+
+def test_stop_strings_inside_the_first_min_tokens_do_not_count(desk: Desk, text: Text) -> None:
+    channel = FakeChannel()
+    ids = text.encode_plain("h\nh\nh")
+    stream = desk.open(channel, stop=("\n",), min_tokens=3)
+    for index, token_id in enumerate(ids):
+        stream.put(token_id, None, "length" if index == len(ids) - 1 else None)
+    desk.responder.serve(stream)
+    assert (channel.text(), channel.ids()) == ("h\nh", ids[:4])
+
+
+def test_logprobs_are_cut_with_the_ids_and_summed(desk: Desk, text: Text) -> None:
+    channel = FakeChannel()
+    stream = desk.open(channel, stop=("w",), num_logprobs=0)
+    stream.put_prompt_logprobs([TokenLogprobs(9, -3.0)])
+    ids = text.encode_plain("hewhe")
+    for token_id in ids:
+        stream.put(token_id, TokenLogprobs(token_id, -0.5))
+    desk.responder.serve(stream)
+    (chunk,) = channel.chunks
+    assert [entry.token_id for entry in chunk.logprobs] == channel.ids() == ids[:2]
+    assert chunk.cum_logprob == -1.0
+    assert chunk.prompt_logprobs == [TokenLogprobs(9, -3.0)]
+
+
+def test_an_embedding_and_a_request_for_no_token_end_with_one_response(desk: Desk) -> None:
+    channel = FakeChannel()
+    stream = desk.open(channel, outputs=("embedding",))
+    stream.put_embedding([0.5, 1.0])
+    stream.close("stop")
+    desk.responder.serve(stream)
+    assert (channel.chunks[0].embedding, channel.ended.is_set()) == ([0.5, 1.0], True)
+    channel = FakeChannel()
+    stream = desk.open(channel, max_tokens=0)
+    stream.close("length")
+    desk.responder.serve(stream)
+    assert (channel.text(), channel.chunks[0].finish_reason) == ("", "length")
+
+
+@pytest.mark.parametrize(
+    ("reason", "error", "kind"),
+    [
+        ("cancelled", None, ErrorKind.CANCELLED),
+        ("error", None, ErrorKind.ENGINE),
+        ("error", RequestError("too late", ErrorKind.DEADLINE), ErrorKind.DEADLINE),
+    ],
+)
+def test_errors_are_the_final_response(
+    desk: Desk, reason: FinishReason, error: RequestError | None, kind: ErrorKind
+) -> None:
+    channel = FakeChannel()
+    stream = desk.open(channel)
+    stream.put(3)
+    stream.close(reason, error)
+    desk.responder.serve(stream)
+    assert channel.error is not None and channel.error.kind is kind
+    assert desk.observer.ends == [kind]
+    assert desk.responder.num_live() == 0
+
+
+def test_a_client_that_cannot_be_reached_is_cancelled_once_and_still_gets_a_final(desk: Desk) -> None:
+    channel = FakeChannel(fails=1)
+    stream = desk.open(channel)
+    stream.put(3)
+    desk.responder.serve(stream)
+    assert desk.engine.cancelled == [stream.request_id]
+    assert channel.error is not None and channel.error.kind is ErrorKind.CANCELLED
+    stream.put(4)
+    stream.close("cancelled")
+    assert desk.responder.num_live() == 0
+
+
+@pytest.mark.parametrize("num_live", [1, 5, 64, 2048])
+def test_every_live_stream_is_polled_within_a_second_on_a_fixed_budget(text: Text, num_live: int) -> None:
+    desk = Desk(text)
+    channels = [FakeChannel() for _ in range(num_live)]
+    streams = [desk.open(channel) for channel in channels]
+    most = 0
+    for _ in range(10):  # ticks of 0.1 s
+        before = sum(channel.polls for channel in channels)
+        desk.responder.poll()
+        most = max(most, sum(channel.polls for channel in channels) - before)
+    assert min(channel.polls for channel in channels) >= 1
+    assert most <= max(16, num_live // 9 + 1)
+    channels[-1].gone = True
+    for _ in range(10):
+        desk.responder.poll()
+    assert desk.engine.cancelled == [streams[-1].request_id]
+
+
+def test_polling_forgets_streams_that_ended(desk: Desk) -> None:
+    channel = FakeChannel()
+    stream = desk.open(channel)
+    stream.put(3, None, "length")
+    desk.responder.serve(stream)
+    desk.responder.poll()
+    assert channel.polls == 0
+    assert not desk.responder._poll_queue
+
+
+# --- with threads
+
+
+@pytest.fixture
+def running(text: Text) -> Iterator[Callable[..., Desk]]:
+    desks: list[Desk] = []
+
+    def start(**options: object) -> Desk:
+        desks.append(Desk(text, **options))
+        desks[-1].responder.start()
+        return desks[-1]
+
+    yield start
+    for desk in desks:
+        desk.responder.close(timeout_s=WAIT_S)
+
+
+@pytest.mark.parametrize("num_senders", [1, 4])
+def test_many_streams_get_every_token_once_and_in_order(
+    running: Callable[..., Desk], text: Text, num_senders: int
+) -> None:
+    desk = running(num_senders=num_senders)
+    rng = random.Random(3)
+    channels = [FakeChannel() for _ in range(40)]
+    streams = [desk.open(channel) for channel in channels]
+    ids = [[rng.randrange(text.vocab_size) for _ in range(rng.randrange(1, 150))] for _ in streams]
+    for step in range(150):
+        for stream, tokens in zip(streams, ids, strict=True):
+            if step < len(tokens):
+                stream.put(tokens[step], None, "length" if step == len(tokens) - 1 else None)
+    for channel, tokens in zip(channels, ids, strict=True):
+        assert channel.ended.wait(WAIT_S)
+        assert channel.ids() == tokens
+        assert channel.text() == text.decode(tokens)
+    assert desk.responder.num_live() == 0
+
+
+def test_closing_ends_what_is_left_with_an_error_and_leaves_no_thread(running: Callable[..., Desk]) -> None:
+    before = threading.active_count()
+    desk = running()
+    assert desk.responder.is_alive()
+    channel = FakeChannel()
+    desk.open(channel)
+    desk.responder.close(timeout_s=0.0)
+    assert channel.error is not None and channel.error.kind is ErrorKind.UNAVAILABLE
+    assert threading.active_count() == before
+
+
+def test_a_slow_stream_does_not_hold_up_the_others(running: Callable[..., Desk]) -> None:
+    release = threading.Event()
+
+    class SlowChannel(FakeChannel):
+        def send(self, chunk: Chunk, outputs: Sequence[str], final: bool) -> None:
+            release.wait(WAIT_S)
+            super().send(chunk, outputs, final)
+
+    desk = running(num_senders=2)
+    slow, quick = SlowChannel(), FakeChannel()
+    slow_stream, quick_stream = desk.open(slow), desk.open(quick)
+    slow_stream.put(3)
+    quick_stream.put(4, None, "length")
+    assert quick.ended.wait(WAIT_S)
+    slow_stream.put(5)
+    slow_stream.put(6, None, "length")
+    release.set()
+    assert slow.ended.wait(WAIT_S)
+    assert [chunk.token_ids for chunk in slow.chunks] == [[3], [5, 6]]
