@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from nmoe_backend.model import DecoderModel
 from nmoe_backend.parallel.ranks import RankContext
 from nmoe_backend.runtime.batch import SlotState
 from nmoe_backend.runtime.kv_cache import KVCache
+from nmoe_backend.runtime.sampler import Sampler
 from nmoe_backend.types import (
     EngineLimits,
     PendingOutput,
@@ -27,9 +27,6 @@ from nmoe_backend.types import (
     StepPlan,
     TokenLogprobs,
 )
-
-if TYPE_CHECKING:
-    from nmoe_backend.runtime.sampler import Sampler
 
 HEAD_ROWS = 256  # rows of the head at once for prompt logprobs: 132 MB of logits at a vocabulary of 129,280
 POLL_S = 50e-6  # of a CUDA event: cudaEventSynchronize has no time limit

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from scripts.make_tiny_checkpoint import make_checkpoint
 from tests.gates.replica import hf_model
 
 
@@ -29,3 +31,9 @@ def device(request: pytest.FixtureRequest) -> str:
 def tiny_model() -> torch.nn.Module:
     """transformers' DeepseekV3ForCausalLM with tiny random weights, fp32, on the CPU. Not to be changed."""
     return hf_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny random checkpoint in the hub's form, fp32, with tokenizer. Not to be changed."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), preset="tiny", dtype="float32")

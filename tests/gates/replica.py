@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nmoe_backend.layers.context import LayerContext
 from nmoe_backend.model import DecoderModel
+from nmoe_backend.models import load_spec
 from nmoe_backend.models.deepseek_v3 import spec_from_config
 from nmoe_backend.models.spec import ModelSpec
-from nmoe_backend.parallel.ranks import RankGroup
+from nmoe_backend.parallel.ranks import RankContext, RankGroup
 from nmoe_backend.runtime.kv_cache import KVCache
+from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import (
     EngineLimits,
@@ -188,11 +191,14 @@ def limits_for(world_size: int, page_size: int, **overrides: int) -> EngineLimit
 
 
 class Replica:
-    """Workers of one model on `world_size` ranks of one device, a thread each."""
+    """Workers of one model on `world_size` ranks of one device, a thread each.
+
+    `source`: a model of transformers, whose tensors are taken over, or a checkpoint's folder, read by our loader.
+    """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        source: torch.nn.Module | Path,
         world_size: int,
         page_size: int = 16,
         *,
@@ -202,7 +208,7 @@ class Replica:
         pass_rows: int = 512,
         limits: EngineLimits | None = None,
     ) -> None:
-        self.spec = hf_spec(model)
+        self.spec = load_spec(source) if isinstance(source, Path) else hf_spec(source)
         self.limits = limits or limits_for(world_size, page_size)
         self.page_size = self.limits.page_size
         self.contexts = RankGroup.create(world_size, [device] * world_size, timeout_s)
@@ -211,8 +217,7 @@ class Replica:
         max_tokens = self.limits.max_batch_size + self.limits.max_prefill_tokens
         for context, sampler in zip(self.contexts, self.samplers, strict=True):
             layer_context = LayerContext.create(context, self.spec, max_tokens, dtype, pass_rows=pass_rows)
-            weights = rank_weights(model, context.rank, world_size, dtype)
-            weights = {name: tensor.to(context.device) for name, tensor in weights.items()}
+            weights = self._load(source, context, dtype)
             decoder = DecoderModel(self.spec, weights, layer_context)
             cache = KVCache(self.spec, self.limits.num_pages, self.page_size, dtype, context.device)
             self.layer_contexts.append(layer_context)
@@ -220,6 +225,13 @@ class Replica:
             self.workers.append(Worker(decoder, cache, sampler, self.limits, context))
         self._threads = ThreadPoolExecutor(world_size)
         self._step_id = 0
+
+    def _load(self, source: torch.nn.Module | Path, context: RankContext, dtype: torch.dtype) -> dict[str, Tensor]:
+        ranks = {"rank": context.rank, "world_size": context.world_size}
+        if isinstance(source, Path):
+            return load_rank_weights(source, self.spec, **ranks, device=context.device, dtype=dtype)
+        weights = rank_weights(source, dtype=dtype, **ranks)
+        return {name: tensor.to(context.device) for name, tensor in weights.items()}
 
     def step(self, *plans: RankPlan) -> list[RankOutput]:
         """One step of all ranks; ranks without a plan get an empty one. Raises the first rank's error."""

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.gates.replica import VOCAB_SIZE, Driver, Generated, Replica, position_error
 
@@ -50,6 +51,20 @@ def test_greedy_tokens_equal_transformers_for_64_steps(tiny_model, device, world
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=0
             )
         assert result.tokens == reference[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_a_checkpoint_on_disk_gives_the_logits_of_transformers(tiny_checkpoint, device, world_size):
+    """Through our config reader, name table and loader, where the other tests copy the tensors over themselves."""
+    reference = AutoModelForCausalLM.from_pretrained(
+        tiny_checkpoint, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    prompts = _prompts(3, 50)
+    replica = Replica(tiny_checkpoint, world_size, device=device)
+    results = Driver(replica).generate(prompts, num_tokens=8, chunk=20)
+    replica.close()
+    for prompt, result in zip(prompts, results, strict=True):
+        assert position_error(result.logits, _reference_logits(reference, prompt, result)) < TOLERANCE
 
 
 def test_a_request_gives_the_same_tokens_alone_in_a_batch_and_in_chunks(tiny_model):
