@@ -42,12 +42,13 @@ convert.convert(source, out, world_size, progress)
 print(calls)
 """
 
+# VmHWM and not getrusage: a child's ru_maxrss starts at its parent's, and the parent has imported torch.
 MEASURED_CONVERSION = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from nmoe_backend.convert import convert
 convert(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
 """
 
 
@@ -249,7 +250,7 @@ def test_peak_memory_stays_below_one_hub_shard_plus_a_gigabyte_for_an_output_of_
     assert output > 8 * max(shards)
     assert output > bound  # or the bound would mean nothing
     assert int(result.stdout) < bound
-    assert int(result.stdout) < 300e6  # what it really takes
+    assert int(result.stdout) < 100e6  # what it really takes, with room
 
 
 def sparse_checkpoint(template: Path, out: Path, num_shards: int) -> Path:
