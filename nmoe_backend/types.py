@@ -109,7 +109,9 @@ class TokenSink(Protocol):
     Exactly one of `put(..., finish_reason=...)` and `close` ends a request; nothing follows it.
     """
 
-    def put(self, token_id: int, logprobs: TokenLogprobs | None = None, finish_reason: FinishReason | None = None) -> None:
+    def put(
+        self, token_id: int, logprobs: TokenLogprobs | None = None, finish_reason: FinishReason | None = None
+    ) -> None:
         """One generated token; the last one carries the finish reason."""
 
     def put_prompt_logprobs(self, logprobs: list[TokenLogprobs]) -> None:
@@ -194,7 +196,8 @@ class RankOutput:
 
     token_ids: Seq[int]  # one per row with samples=True, in row order
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # row -> of its sampled token
-    prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)  # row -> of tokens [start+1, start+length+1) inside the prompt
+    # row -> of the prompt tokens in [start + 1, start + length + 1)
+    prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)
     embeddings: Mapping[int, list[float]] = field(default_factory=dict)  # row -> [D], with the prompt's last chunk
     error_word: int = 0  # not 0: a kernel gave up (a spin bound, a bad index); the engine takes its fatal path
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nmoe_backend.environ import DebugSwitches
+from nmoe_backend.layers.debug import NO_CHECKS, with_checks
 from nmoe_backend.layers.ops import Ops, ops_for
 from nmoe_backend.models.spec import ModelSpec, MoESpec
 from nmoe_backend.parallel.ranks import RankContext
@@ -34,11 +36,12 @@ class LayerContext:
         max_tokens: int,
         dtype: torch.dtype,
         pass_rows: int = PASS_ROWS,
+        switches: DebugSwitches = NO_CHECKS,
     ) -> LayerContext:
         """`max_tokens`: what a rank feeds in one step at most (max_batch_size + max_prefill_tokens)."""
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"got compute dtype {dtype}; float32 and bfloat16 work. Set dtype to one of them.")
-        ops = ops_for(rank.device)
+        ops = with_checks(ops_for(rank.device), switches)
         routers = [layer.ffn.router for layer in spec.layers if isinstance(layer.ffn, MoESpec)]
         rdep = None
         top_ks = {router.top_k for router in routers}

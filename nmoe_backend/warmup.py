@@ -1,0 +1,203 @@
+"""From a config to an engine that answers: load, allocate, start, check tokens from every rank.
+
+The only place where control plane and device meet. Each stage is announced with its time, so that a slow start explains
+itself. When a stage fails, what was started is closed and the error goes up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from nmoe_backend import environ, memory
+from nmoe_backend.config import ReplicaConfig, ServeConfig, engine_limits
+from nmoe_backend.engine import Engine
+from nmoe_backend.layers.context import LayerContext
+from nmoe_backend.model import DecoderModel
+from nmoe_backend.models import load_spec
+from nmoe_backend.models.spec import ModelSpec
+from nmoe_backend.orchestrator import Orchestrator
+from nmoe_backend.parallel.ranks import RankContext, RankGroup
+from nmoe_backend.runtime.kv_cache import KVCache
+from nmoe_backend.runtime.sampler import Sampler
+from nmoe_backend.runtime.weights import load_rank_weights
+from nmoe_backend.runtime.worker import Worker
+from nmoe_backend.types import (
+    ConfigError,
+    EngineLimits,
+    FinishReason,
+    RankError,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenLogprobs,
+)
+
+Progress = Callable[[str], None]
+
+WARMUP_TOKENS = 4  # per rank: one prefill and three decode steps
+WARMUP_TIMEOUT_S = 600.0  # a cold kernel cache compiles in here
+
+
+def start(config: ServeConfig, progress: Progress = print) -> Orchestrator:
+    """An orchestrator whose every rank has produced a checked token. `progress` gets one line a stage.
+
+    Raises ConfigError for what cannot work (checkpoint, memory, roles), RankError when the warm-up fails.
+    """
+    roles = sorted({replica.role for replica in config.replicas} - {"both"})
+    if roles:
+        raise ConfigError(
+            f'replicas have the role {" and ".join(roles)}; prefill and decode cannot be split yet. Use role = "both".'
+        )
+    spec = load_spec(config.model_path)
+    with ExitStack() as on_failure:
+        engines = []
+        for replica in config.replicas:
+            engines.append(_start_replica(config, replica, spec, progress))
+            on_failure.callback(engines[-1].close)
+        orchestrator = Orchestrator(engines)
+        on_failure.pop_all()
+    return orchestrator
+
+
+def _start_replica(config: ServeConfig, replica: ReplicaConfig, spec: ModelSpec, progress: Progress) -> Engine:
+    devices = _devices(config, replica)
+    dtype = _dtype(config)
+    if config.device == "cpu":  # the ranks' threads share the cores; more would only queue
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // replica.world_size))
+    contexts = RankGroup.create(replica.world_size, devices, config.rank_timeout_s)
+    with ThreadPoolExecutor(replica.world_size, thread_name_prefix="nmoe-load") as pool:
+        with _stage(progress, f"replica {replica.replica_id}: weights on {replica.world_size} ranks"):
+            models = list(pool.map(lambda context: _load_model(config, spec, context, dtype), contexts))
+        num_pages = _num_pages(config, replica, devices)
+        limits = engine_limits(config, num_pages, replica)
+        with _stage(progress, f"replica {replica.replica_id}: {num_pages} KV pages a rank"):
+            workers = list(pool.map(lambda model, at: _build_worker(model, at, limits, dtype), models, contexts))
+    engine = Engine(workers, limits)
+    with ExitStack() as on_failure:
+        on_failure.callback(engine.close)
+        engine.start()
+        with _stage(progress, f"replica {replica.replica_id}: warm-up and check of one token a rank"):
+            _warm_up(engine, limits)
+        on_failure.pop_all()
+    return engine
+
+
+def _devices(config: ServeConfig, replica: ReplicaConfig) -> list[torch.device]:
+    """One device a rank. With device = "cpu" the numbers are rank names only."""
+    if config.device == "cpu":
+        return [torch.device("cpu")] * replica.world_size
+    present = torch.cuda.device_count()
+    missing = [gpu for gpu in replica.gpus if gpu >= present]
+    if missing:
+        raise ConfigError(
+            f"replica {replica.replica_id} names gpus {missing}, and this machine has {present}. "
+            "Change [[replicas]].gpus, or check CUDA_VISIBLE_DEVICES and the driver (nmoe doctor)."
+        )
+    return [torch.device("cuda", gpu) for gpu in replica.gpus]
+
+
+def _dtype(config: ServeConfig) -> torch.dtype:
+    """The compute dtype; "auto" is the checkpoint's own, where fp8 and fp16 compute in bf16."""
+    return torch.float32 if memory.compute_bytes(config, memory.model_dims(config)) == 4 else torch.bfloat16
+
+
+def _load_model(config: ServeConfig, spec: ModelSpec, context: RankContext, dtype: torch.dtype) -> DecoderModel:
+    weights = load_rank_weights(
+        config.model_path, spec, rank=context.rank, world_size=context.world_size, device=context.device, dtype=dtype
+    )
+    layer_context = LayerContext.create(
+        context, spec, memory.tokens_per_step(config), dtype, switches=environ.debug_switches()
+    )
+    return DecoderModel(spec, weights, layer_context)
+
+
+def _build_worker(model: DecoderModel, context: RankContext, limits: EngineLimits, dtype: torch.dtype) -> Worker:
+    kv_cache = KVCache(model.spec, limits.num_pages, limits.page_size, dtype, context.device)
+    sampler = Sampler(limits.max_batch_size, limits.vocab_size, limits.max_seq_len, context.device)
+    return Worker(model, kv_cache, sampler, limits, context)
+
+
+def _num_pages(config: ServeConfig, replica: ReplicaConfig, devices: Sequence[torch.device]) -> int:
+    """Pages of a rank, the same on all: what the tightest of them holds now that the weights are loaded."""
+    available = min(
+        memory.available_bytes(config, *_free_and_total(device)) // devices.count(device) for device in set(devices)
+    )
+    dims = memory.model_dims(config)
+    return memory.resolve_num_pages(config, dims, replica, available=available, loaded=True)
+
+
+def _free_and_total(device: torch.device) -> tuple[int, int]:
+    """Bytes of the device's memory; on the CPU of the machine's."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free, total
+    page = os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+
+@contextmanager
+def _stage(progress: Progress, what: str) -> Iterator[None]:
+    """Announces a stage, and again with its time when it is done."""
+    progress(f"{what} ...")
+    began = time.monotonic()
+    yield
+    progress(f"{what}: {time.monotonic() - began:.1f} s")
+
+
+class _Check:
+    """The sink of a warm-up request: every token must be an id of the vocabulary with a finite logprob."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.done = threading.Event()
+        self.num_tokens = 0
+        self.problem = ""
+        self._vocab_size = vocab_size
+
+    def put(
+        self, token_id: int, logprobs: TokenLogprobs | None = None, finish_reason: FinishReason | None = None
+    ) -> None:
+        self.num_tokens += 1
+        if not 0 <= token_id < self._vocab_size or logprobs is None or not math.isfinite(logprobs.logprob):
+            self.problem = f"token {token_id} with {logprobs}"
+        if finish_reason is not None:
+            self.done.set()
+
+    def put_prompt_logprobs(self, logprobs: list[TokenLogprobs]) -> None:
+        self.problem = "prompt logprobs that nobody asked for"
+
+    def put_embedding(self, embedding: list[float]) -> None:
+        self.problem = "an embedding that nobody asked for"
+
+    def close(self, finish_reason: FinishReason, error: RequestError | None = None) -> None:
+        self.problem = f"{finish_reason}: {error}"
+        self.done.set()
+
+
+def _warm_up(engine: Engine, limits: EngineLimits) -> None:
+    """One request a rank at a time, with the longest chunk of a step: runs every code path's first time, and gives the
+    step-time model its first points."""
+    prompt_len = max(1, min(limits.max_prefill_tokens, limits.max_seq_len - WARMUP_TOKENS))
+    sampling = SamplingParams(temperature=0.0, max_tokens=WARMUP_TOKENS, ignore_eos=True, num_logprobs=0)
+    prompt = tuple(itertools.islice(itertools.cycle(range(min(limits.vocab_size, 512))), prompt_len))
+    checks = [_Check(limits.vocab_size) for _ in range(limits.num_ranks)]
+    for index, check in enumerate(checks):
+        request = Request(request_id=-1 - index, prompt_ids=prompt, sampling=sampling, arrival_s=time.monotonic())
+        engine.submit(request, check)
+    deadline = time.monotonic() + WARMUP_TIMEOUT_S
+    for check in checks:
+        ended = check.done.wait(max(0.0, deadline - time.monotonic()))
+        if not ended or check.problem or check.num_tokens != WARMUP_TOKENS:
+            raise RankError(
+                f"warm-up: got {check.num_tokens} of {WARMUP_TOKENS} tokens "
+                f"({check.problem or 'no end in time' if not ended else check.problem or 'too few'}). "
+                "Set NMOE_DEBUG_FINITE=1 to find the operation that goes wrong; check the checkpoint's files."
+            )
