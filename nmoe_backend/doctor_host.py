@@ -119,7 +119,7 @@ def _check_shards(folder: Path, replica: ReplicaConfig) -> Finding:
             values = json.loads(index.read_text(encoding="utf-8"))
             names = sorted(set(values["weight_map"].values()))
             total_size = values.get("metadata", {}).get("total_size")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             return fail("checkpoint", f"{index} is not an index: {error!r}", "Download the file again.")
     elif (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]

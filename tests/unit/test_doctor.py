@@ -1,0 +1,260 @@
+"""Each check judges what it is handed; every finding that is not fine carries a remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from nmoe_backend import doctor, doctor_gpu, doctor_host, memory
+from nmoe_backend.config import ServeConfig
+from nmoe_backend.doctor_gpu import Gpu, GpuFacts
+from nmoe_backend.findings import Finding
+from tests.model_folder import DEEPSEEK_V3, write_model_folder, write_toml
+
+GB = memory.GB
+H200 = Gpu(name="NVIDIA H200", capability=(9, 0), free=150 * GB, total=150 * GB)
+NODE = GpuFacts(driver="580.65.06", cuda_build="13.0", gpus=(H200,) * 8)
+GOOD_PACKAGES = {
+    **dict.fromkeys(("safetensors", "tokenizers", "jinja2"), "1.0"),
+    "numpy": "1.26.4",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+}
+EIGHT = "[0, 1, 2, 3, 4, 5, 6, 7]"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> ServeConfig:
+    return load(tmp_path)
+
+
+def load(tmp_path: Path, head: str = "", **toml: str) -> ServeConfig:
+    folder = write_model_folder(tmp_path / "model")
+    head = f'torch_extensions_dir = "cache"\n{head}'
+    return ServeConfig.from_toml(write_toml(tmp_path / "c.toml", folder, head, **toml))
+
+
+def production(tmp_path: Path, head: str = "max_seq_len = 32768") -> tuple[ServeConfig, memory.ModelDims]:
+    folder = write_model_folder(tmp_path / "model", DEEPSEEK_V3)
+    path = write_toml(tmp_path / "c.toml", folder, f'device = "cuda"\nmax_batch_size = 256\n{head}', gpus=EIGHT)
+    config = ServeConfig.from_toml(path)
+    return config, memory.model_dims(config)
+
+
+def statuses(findings: list[Finding]) -> dict[str, str]:
+    return {finding.name: finding.status for finding in findings}
+
+
+def assert_fails(finding: Finding, got: str, remedy: str) -> None:
+    assert finding.status == "fail"
+    assert re.search(got, finding.message), finding.message
+    assert re.search(remedy, finding.remedy), finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [((3, 11), "ok"), ((3, 12), "ok"), ((3, 10), "fail"), ((3, 13), "fail")]
+)
+def test_python_must_be_one_of_the_tested_ones(version: tuple[int, int], status: str) -> None:
+    assert doctor_host.check_python(version).status == status
+
+
+def test_numpy_2_fails_because_tensors_would_arrive_empty() -> None:
+    findings = doctor_host.check_packages({**GOOD_PACKAGES, "numpy": "2.1.0"}, "cpu")
+    assert_fails(findings[0], "2.1.0, needs < 2.*tensors arrive empty", "numpy<2")
+
+
+def test_on_a_gpu_other_versions_than_the_measured_ones_are_named() -> None:
+    assert set(statuses(doctor_host.check_packages(GOOD_PACKAGES, "cuda")).values()) == {"ok"}
+    findings = doctor_host.check_packages({**GOOD_PACKAGES, "torch": "2.13.0", "triton": "3.7.1"}, "cuda")
+    assert statuses(findings) == {"numpy": "ok", "torch": "warn", "triton": "warn"}
+    assert "2.13.0; measured with 2.11" in findings[1].message
+    assert statuses(doctor_host.check_packages({**GOOD_PACKAGES, "triton": None}, "cuda"))["triton"] == "fail"
+
+
+def test_on_the_cpu_any_torch_will_do_and_triton_is_not_needed() -> None:
+    findings = doctor_host.check_packages({**GOOD_PACKAGES, "torch": "2.13.0+cpu", "triton": None}, "cpu")
+    assert statuses(findings) == {"numpy": "ok", "torch": "ok"}
+
+
+def test_missing_packages_name_the_lock() -> None:
+    findings = doctor_host.check_packages(dict.fromkeys(GOOD_PACKAGES), "cpu")
+    assert statuses(findings) == {"numpy": "fail", "torch": "fail", "packages": "fail"}
+    assert_fails(findings[-1], "safetensors, tokenizers, jinja2", r"requirements/cpu\.lock")
+
+
+def test_a_missing_shard_is_named(tiny: ServeConfig) -> None:
+    index = tiny.model_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors", "b": "gone.safetensors"}}))
+    assert_fails(doctor_host.check_checkpoint(tiny)[0], "1 of 2 shards are missing .*: gone.safetensors", "Download")
+
+
+def test_a_truncated_download_is_found_by_its_size(tiny: ServeConfig) -> None:
+    shard = "model-00001-of-00001.safetensors"
+    index = tiny.model_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 100}, "weight_map": {"a": shard}}))
+    (tiny.model_path / shard).write_bytes(b"x" * 99)
+    assert_fails(doctor_host.check_checkpoint(tiny)[0], "hold 0.00 GB of 0.00 GB", "resume")
+    (tiny.model_path / shard).write_bytes(b"x" * 108)
+    assert doctor_host.check_checkpoint(tiny)[0].status == "ok"
+
+
+def test_the_sharded_form_needs_a_file_for_every_rank(tiny: ServeConfig) -> None:
+    (tiny.model_path / "model0-mp2.safetensors").touch()
+    assert_fails(doctor_host.check_checkpoint(tiny)[0], "1 of 2 .*model1-mp2", "Download")
+    (tiny.model_path / "model1-mp2.safetensors").touch()
+    assert doctor_host.check_checkpoint(tiny)[0].status == "ok"
+
+
+def test_a_folder_without_weights_or_tokenizer_fails(tiny: ServeConfig) -> None:
+    (tiny.model_path / "model.safetensors.index.json").unlink()
+    (tiny.model_path / "tokenizer.json").unlink()
+    shards, tokenizer = doctor_host.check_checkpoint(tiny)
+    assert_fails(shards, "neither model.safetensors", "nmoe convert")
+    assert_fails(tokenizer, "no tokenizer.json", "Copy tokenizer.json")
+
+
+def test_a_broken_index_fails(tiny: ServeConfig) -> None:
+    (tiny.model_path / "model.safetensors.index.json").write_text("[]")
+    assert_fails(doctor_host.check_checkpoint(tiny)[0], "is not an index", "Download the file again")
+
+
+def test_a_port_in_use_fails_with_the_flag_that_changes_it(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert not doctor_host.port_is_free("127.0.0.1", port)
+        findings = doctor_host.check_ports(load(tmp_path, f"grpc_port = {port}"), lambda _, p: p != port)
+        assert_fails(findings[0], f"cannot listen on 127.0.0.1:{port}", "--grpc-port N")
+    assert doctor_host.port_is_free("127.0.0.1", port)
+
+
+def test_a_taken_openai_port_is_only_a_warning(tiny: ServeConfig) -> None:
+    findings = doctor_host.check_ports(tiny, lambda _, port: port != tiny.openai_port)
+    assert statuses(findings) == {"ports": "ok", "openai_port": "warn"}
+
+
+@pytest.mark.parametrize(
+    ("size_free", "status"),
+    [(None, "fail"), ((64 << 20, 63 << 20), "fail"), ((128 << 20, 128 << 20), "warn"), ((1 << 30, 1 << 30), "ok")],
+)
+def test_shared_memory_must_hold_the_backends_regions(size_free: tuple[int, int] | None, status: str) -> None:
+    finding = doctor_host.check_shared_memory(size_free)
+    assert finding.status == status
+    assert (status == "ok") or "--shm-size" in finding.remedy
+
+
+def test_a_cache_that_cannot_be_written_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_fails(doctor_host.check_writable(tmp_path / "file" / "cache"), "cannot write", "torch_extensions_dir")
+    assert doctor_host.check_writable(tmp_path / "cache").status == "ok"
+
+
+def test_ranks_on_the_cpu_share_the_hosts_memory(tiny: ServeConfig) -> None:
+    dims = memory.model_dims(tiny)
+    need = memory.memory_budget(tiny, dims, tiny.replicas[0], 2).total
+    total = 1000 * GB
+    reserved = round(total * (1 - tiny.gpu_memory_utilization))
+    enough = doctor_host.check_host_memory(tiny, dims, (total, reserved + 2 * need + 2))
+    assert statuses(enough) == {"memory[0]": "ok", "kv_capacity[0]": "ok"}
+    assert doctor_host.check_host_memory(tiny, dims, (total, reserved + 2 * need - 2))[0].status == "fail"
+
+
+def test_eight_h200_hold_deepseek_v3(tmp_path: Path) -> None:
+    config, dims = production(tmp_path)
+    findings = doctor_gpu.check_all(config, dims, NODE)
+    assert set(statuses(findings).values()) == {"ok"}
+    capacity = next(finding for finding in findings if finding.name == "kv_capacity[0]")
+    assert re.search(r"hold \d+ x 2048 or \d+ x 8192 or \d+ x 32768 tokens", capacity.message)
+    budget = next(finding for finding in findings if finding.name == "memory[0]")
+    assert re.search(r"weights 10[12]\.\d\d \+ kv_cache .* GB a rank, available 138\.00 GB", budget.message)
+
+
+def test_a_gpu_too_small_says_how_much_is_missing(tmp_path: Path) -> None:
+    config, dims = production(tmp_path)
+    small = dataclasses.replace(H200, free=80 * GB, total=80 * GB)
+    finding = doctor_gpu.check_memory(config, dims, dataclasses.replace(NODE, gpus=(small,) * 8))[0]
+    assert_fails(finding, "hold 0 KV pages", r"Free \d+\.\d\d GB a rank")
+
+
+def test_too_many_pages_for_the_memory_fail(tmp_path: Path) -> None:
+    config, dims = production(tmp_path, "num_pages = 20000")
+    assert_fails(
+        doctor_gpu.check_memory(config, dims, NODE)[0], r"= 194\.97 GB a rank, available 138", "lower num_pages"
+    )
+
+
+def test_memory_that_others_hold_is_named(tmp_path: Path) -> None:
+    config, dims = production(tmp_path)
+    busy = dataclasses.replace(H200, free=140 * GB)
+    findings = doctor_gpu.check_memory(config, dims, dataclasses.replace(NODE, gpus=(busy, *NODE.gpus[1:])))
+    assert statuses(findings)["gpu_in_use"] == "warn"
+
+
+BAD_NODES = {
+    "no driver": ({"driver": None, "gpus": ()}, "driver", "no NVIDIA driver", "--gpus all"),
+    "old driver": ({"driver": "550.54.15"}, "driver", r"550.54.15, torch's CUDA 13.0 needs >= 580", "Update"),
+    "cpu torch": ({"cuda_build": None, "gpus": ()}, "gpus", "sees no GPU", r"requirements/gpu\.lock"),
+    "no device": ({"gpus": ()}, "gpus", "sees no GPU", 'device = "cpu"'),
+    "four": ({"gpus": (H200,) * 4}, "gpus", r"name gpus \[4, 5, 6, 7\], the machine has 4", "CUDA_VISIBLE_DEVICES"),
+    "no peers": ({"no_peer_access": ((0, 1),)}, "peer_access", r"\(0, 1\)", "nvidia-smi topo"),
+    "old gpu": (
+        {"gpus": (dataclasses.replace(H200, capability=(8, 0)),) * 8},
+        "capability",
+        r"capability \(8, 0\), needs",
+        "Hopper",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NODES)
+def test_a_gpu_node_that_cannot_serve_says_why(case: str, tmp_path: Path) -> None:
+    changes, name, got, remedy = BAD_NODES[case]
+    config, dims = production(tmp_path)
+    findings = doctor_gpu.check_all(config, dims, dataclasses.replace(NODE, **changes))  # type: ignore[arg-type]
+    assert_fails(next(finding for finding in findings if finding.name == name), got, remedy)
+
+
+def test_peers_outside_a_replica_do_not_matter(tmp_path: Path) -> None:
+    config, _ = production(tmp_path)
+    assert doctor_gpu.check_peers(config, dataclasses.replace(NODE, no_peer_access=((0, 8),))).status == "ok"
+
+
+def test_the_drivers_version_is_read_from_its_banner() -> None:
+    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder@U22)  Sun\n"
+    assert doctor_gpu.driver_version(text) == "580.65.06"
+    assert doctor_gpu.driver_version("nothing") is None
+
+
+def test_a_machine_without_a_gpu_passes_for_the_cpu_and_fails_for_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor_gpu, "measure", lambda: GpuFacts(driver=None, cuda_build=None))
+    monkeypatch.setattr(doctor_host, "port_is_free", lambda _host, _port: True)
+    load(tmp_path)
+    assert doctor.main(["--config", str(tmp_path / "c.toml")]) == 0
+    capsys.readouterr()
+    load(tmp_path, 'device = "cuda"')
+    assert doctor.main(["--config", str(tmp_path / "c.toml"), "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is False
+    failed = {finding["name"]: finding for finding in answer["findings"] if finding["status"] == "fail"}
+    assert failed["driver"]["remedy"] and failed["gpus"]["remedy"]
+
+
+def test_a_config_that_does_not_load_is_a_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text("max_seq = 1\n")
+    assert doctor.main(["--config", str(tmp_path / "c.toml")]) == 1
+    output = capsys.readouterr().out
+    assert "fail  config: " in output and "Did you mean 'max_seq_len'" in output and "-> Correct the TOML" in output
+
+
+def test_a_warning_is_no_failure() -> None:
+    findings = [Finding("a", "ok", "fine"), Finding("b", "warn", "odd", "look")]
+    assert doctor.exit_code(findings) == 0
+    assert doctor.report(findings) == "  ok  a: fine\nwarn  b: odd\n      -> look"
