@@ -34,7 +34,7 @@ def examine(config: ServeConfig) -> list[Finding]:
     if config.device == "cuda":
         facts = doctor_gpu.measure()
         return [*findings, *doctor_gpu.check_all(config, dims, facts)]
-    return [*findings, *doctor_host.check_host_memory(config, dims, doctor_host.host_memory_bytes())]
+    return [*findings, *doctor_host.check_host_memory(config, dims, memory.host_memory_bytes())]
 
 
 def load_and_examine(path: str | Path, overrides: dict[str, object]) -> list[Finding]:

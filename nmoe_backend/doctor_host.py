@@ -208,15 +208,6 @@ def check_writable(folder: Path) -> Finding:
     return ok("kernel_cache", f"{folder} is writable")
 
 
-def host_memory_bytes() -> tuple[int, int]:
-    """(total, available) of this machine."""
-    values = {}
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        name, _, rest = line.partition(":")
-        values[name] = int(rest.split()[0]) * 1024
-    return values["MemTotal"], values["MemAvailable"]
-
-
 def check_host_memory(config: ServeConfig, dims: memory.ModelDims, total_available: tuple[int, int]) -> list[Finding]:
     """device = "cpu": all ranks of all replicas share the host's memory."""
     total, free = total_available

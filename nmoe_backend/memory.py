@@ -1,6 +1,6 @@
 """What a rank needs in memory, from config.json and the TOML alone, and how many KV pages are left.
 
-Pure arithmetic, no torch: the doctor prints it before a start, the load sizes `num_pages = 0` with it. Weights, KV and
+Arithmetic, no torch: the doctor prints it before a start, the load sizes `num_pages = 0` with it. Weights, KV and
 transport follow from shapes and are exact up to the allocator's rounding; activations, graphs and context are bounds.
 
 Example, DeepSeek-V3 in fp8 on eight ranks: 81.7 GB of experts, 16 GB replicated and 3.7 GB of embedding and head make
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from nmoe_backend.config import ReplicaConfig, ServeConfig, pages_per_sequence, read_model_config
 from nmoe_backend.toml_table import Table
@@ -145,16 +146,16 @@ def tokens_per_step(config: ServeConfig) -> int:
 
 
 def transport_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> int:
-    """RDEP's receive buffers of one rank: world x T_cap slots for dispatch (rows, ids, weights) and for combine."""
+    """RDEP's receive buffers of one rank: world x T_cap slots for dispatch (rows, ids, weights) and combine (fp32)."""
     compute = compute_bytes(config, dims)
     fp8_payload = dims.fp8_block > 0 and config.device == "cuda"
     payload = dims.hidden_size + dims.hidden_size // 128 * 4 if fp8_payload else dims.hidden_size * compute
     slots = world_size * tokens_per_step(config)
-    return slots * (payload + dims.num_experts_per_tok * 8 + dims.hidden_size * compute)
+    return slots * (payload + dims.num_experts_per_tok * 8 + dims.hidden_size * 4)
 
 
 def activation_bytes(config: ServeConfig, dims: ModelDims) -> int:
-    """The widest moment of a step: the larger of attention and a feed-forward layer, and the logits."""
+    """The widest moment of a step: the larger of attention and a feed-forward layer; logits and the sampler's state."""
     compute, heads = compute_bytes(config, dims), dims.num_attention_heads
     attention = heads * (2 * dims.qk_nope_head_dim + dims.qk_rope_head_dim + 2 * dims.v_head_dim)
     attention += dims.q_lora_rank + dims.kv_lora_rank + dims.qk_rope_head_dim
@@ -162,7 +163,8 @@ def activation_bytes(config: ServeConfig, dims: ModelDims) -> int:
     tokens = tokens_per_step(config) * ((max(attention, dense) + 4 * dims.hidden_size) * compute)
     expert_pass = _EXPERT_PASS_ROWS * (3 * dims.moe_intermediate_size * compute + dims.hidden_size * (compute + 4))
     logits = config.max_batch_size * dims.vocab_size * 4 * _LOGIT_COPIES
-    return tokens + expert_pass + logits
+    sampler = config.max_batch_size * (dims.vocab_size * 5 + (config.max_seq_len + 1) * 4)  # counts, mask, history
+    return tokens + expert_pass + logits + sampler
 
 
 def memory_budget(config: ServeConfig, dims: ModelDims, replica: ReplicaConfig, num_pages: int) -> MemoryBudget:
@@ -176,6 +178,15 @@ def memory_budget(config: ServeConfig, dims: ModelDims, replica: ReplicaConfig, 
         graphs=_GRAPH_BYTES if on_gpu else 0,
         context=_CONTEXT_BYTES if on_gpu else 0,
     )
+
+
+def host_memory_bytes() -> tuple[int, int]:
+    """(total, available) of this machine. Available counts page cache that the kernel gives up; "free" does not."""
+    values = {}
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) * 1024
+    return values["MemTotal"], values["MemAvailable"]
 
 
 def available_bytes(config: ServeConfig, free: int, total: int) -> int:
