@@ -84,6 +84,8 @@ class Worker:
         self._context = context
         self._state = SlotState(limits, context.device)
         self._slots: dict[int, _Slot] = {}
+        if context.device.type == "cuda":
+            torch.cuda.synchronize(context.device)  # loading ran on another stream than the steps will
 
     def execute(self, plan: StepPlan) -> PendingOutput:
         """Run this rank's share of the step. Raises RankError when a peer fails, and whatever went wrong here."""
@@ -161,7 +163,7 @@ class Worker:
                 continue
             start, length, prompt_len = plan.starts[row], plan.lengths[row], len(slot.init.prompt_ids)
             chunk = hidden[ends[row] - length : ends[row]].float().sum(0)
-            slot.hidden_sum = chunk if slot.hidden_sum is None or start == 0 else slot.hidden_sum + chunk
+            slot.hidden_sum = chunk if slot.hidden_sum is None else slot.hidden_sum + chunk
             if start + length == prompt_len:
                 found[row] = (slot.hidden_sum / prompt_len).tolist()
         return found

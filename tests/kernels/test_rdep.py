@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nmoe_backend.kernels.rdep import rdep_local_ids_reference
 from nmoe_backend.layers.ops import ops_for
-from nmoe_backend.parallel.ranks import RankGroup
+from nmoe_backend.parallel.ranks import COMPUTING_RANKS, RankGroup
 from nmoe_backend.parallel.rdep import Rdep, RdepHandle, RdepShape, moe_reference
 from nmoe_backend.types import ConfigError, RankError, RankPlan, SamplingParams, SlotInit
 from tests.gates.replica import Driver, Replica, hf_model
@@ -220,24 +220,28 @@ def test_a_stalled_rank_stalls_the_step_and_then_every_rank_gets_rank_error(tiny
     replica.close()
 
 
-def test_abort_from_another_thread_releases_everybody(tiny_model):
-    """The bound on a wait is a minute here; rank 0 never comes."""
+def test_abort_from_another_thread_releases_everybody_at_once(tiny_model):
+    """As many ranks hang as may compute at a time; the others would wait a minute for their turn."""
     replica = Replica(tiny_model, 4, timeout_s=60.0)
-    entered, release = threading.Event(), threading.Event()
+    entered, release, hanging = threading.Semaphore(0), threading.Event(), []
 
-    def wait_for_release(*_: object) -> Tensor:
-        entered.set()
+    def hang(rank: int) -> None:
+        hanging.append(rank)
+        entered.release()
         release.wait(60.0)
         raise ValueError("never reached the barrier")
 
-    replica.workers[0]._model.forward = wait_for_release
+    for rank, worker in enumerate(replica.workers):
+        worker._model.forward = lambda *_, rank=rank: hang(rank)
     futures = _one_token_step(replica)
-    assert entered.wait(30.0)
+    assert all(entered.acquire(timeout=30.0) for _ in range(COMPUTING_RANKS))
     replica.workers[2].abort()
     replica.workers[2].abort()
-    assert all(isinstance(future.exception(timeout=30.0), RankError) for future in futures[1:])
+    waiting = [future for rank, future in enumerate(futures) if rank not in hanging]
+    assert len(waiting) == 4 - COMPUTING_RANKS
+    assert all(isinstance(future.exception(timeout=30.0), RankError) for future in waiting)
     release.set()
-    assert isinstance(futures[0].exception(timeout=30.0), ValueError)
+    assert all(isinstance(futures[rank].exception(timeout=30.0), ValueError) for rank in hanging)
     replica.close()
 
 
