@@ -23,14 +23,14 @@ from nmoe_backend.text import Text
 from nmoe_backend.types import ErrorKind, RequestError
 
 DRAIN_S = 20.0  # inside tritonserver's --exit-timeout-secs of 30
-_CODES = {
-    ErrorKind.INVALID: pb_utils.TritonError.INVALID_ARG,
-    ErrorKind.OVERLOADED: pb_utils.TritonError.UNAVAILABLE,
-    ErrorKind.DEADLINE: pb_utils.TritonError.UNAVAILABLE,
-    ErrorKind.CANCELLED: pb_utils.TritonError.CANCELLED,
-    ErrorKind.NOT_FOUND: pb_utils.TritonError.NOT_FOUND,
-    ErrorKind.UNAVAILABLE: pb_utils.TritonError.UNAVAILABLE,
-    ErrorKind.ENGINE: pb_utils.TritonError.INTERNAL,
+_CODES = {  # names: pb_utils is filled in after this module has been imported
+    ErrorKind.INVALID: "INVALID_ARG",
+    ErrorKind.OVERLOADED: "UNAVAILABLE",
+    ErrorKind.DEADLINE: "UNAVAILABLE",
+    ErrorKind.CANCELLED: "CANCELLED",
+    ErrorKind.NOT_FOUND: "NOT_FOUND",
+    ErrorKind.UNAVAILABLE: "UNAVAILABLE",
+    ErrorKind.ENGINE: "INTERNAL",
 }
 
 
@@ -49,7 +49,8 @@ class TritonPythonModel:
             allow_stop_by_id=config.allow_stop_by_id,
         )
         self._encoder = ResponseEncoder(pb_utils.Tensor, text)
-        self._metrics = Metrics(_register)
+        self._registry = _Registry()
+        self._metrics = Metrics(self._registry)
         self._request_ids = itertools.count(1)
         self._engine = self._start_engine(config)
         self._responder = Responder(text, self._engine, self._metrics)
@@ -117,7 +118,7 @@ class _Channel:
         self._send(pb_utils.InferenceResponse(self._encoder.encode(chunk, outputs)), final)
 
     def fail(self, error: RequestError) -> None:
-        failure = pb_utils.TritonError(str(error), _CODES[error.kind])
+        failure = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, _CODES[error.kind]))
         self._send(pb_utils.InferenceResponse(error=failure), final=True)
 
     def answer_empty(self, outputs: Sequence[str]) -> None:
@@ -137,14 +138,18 @@ class _Channel:
             raise ChannelError(str(error)) from error
 
 
-def _register(spec: MetricSpec, labels: Mapping[str, str]) -> Metric:
-    """One family each per series: the metric keeps its family alive, and Triton joins families of one name."""
-    kinds = {
-        "counter": pb_utils.MetricFamily.COUNTER,
-        "gauge": pb_utils.MetricFamily.GAUGE,
-        "histogram": pb_utils.MetricFamily.HISTOGRAM,
-    }
-    family = pb_utils.MetricFamily(name=spec.name, description=spec.help, kind=kinds[spec.kind])
-    if spec.kind == "histogram":
-        return family.Metric(labels=dict(labels), buckets=list(spec.buckets))
-    return family.Metric(labels=dict(labels))
+class _Registry:
+    """Triton's custom metrics. Holds the families: a metric whose family is gone cannot be set."""
+
+    def __init__(self) -> None:
+        self._families: dict[str, Any] = {}
+
+    def __call__(self, spec: MetricSpec, labels: Mapping[str, str]) -> Metric:
+        family = self._families.get(spec.name)
+        if family is None:
+            kind = getattr(pb_utils.MetricFamily, spec.kind.upper())
+            family = pb_utils.MetricFamily(name=spec.name, description=spec.help, kind=kind)
+            self._families[spec.name] = family
+        buckets = {"buckets": list(spec.buckets)} if spec.buckets else {}
+        metric: Metric = family.Metric(labels=dict(labels), **buckets)
+        return metric
