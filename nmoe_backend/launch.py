@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -30,6 +31,7 @@ from nmoe_backend.types import ConfigError
 
 PROMPT = "The capital of France is"
 _POLL_S = 0.1
+_REPORTED_LINES = 25
 _DRAIN_S = EXIT_TIMEOUT_S + 15.0  # Triton's own bound, and time for finalize
 _OVERRIDES = ("http_port", "grpc_port", "metrics_port", "host", "model_path", "torch_extensions_dir")
 
@@ -248,12 +250,12 @@ def _report_death(server: ServerProcess, config: Path, what: str) -> int:
     code = server.exit_code()
     server.kill()
     lines = server.last_lines()
-    notable = [line for line in lines if (shown := progress_of(line)) is not None and shown[0] != "I"]
+    notable = [shown[1] for line in lines if (shown := progress_of(line)) is not None and shown[0] != "I"]
     print(
         f"nmoe: tritonserver {what}{'' if code is None else f' (exit code {code})'}. Its last lines:", file=sys.stderr
     )
-    for line in (notable or lines)[-25:]:
-        print(f"  {line}", file=sys.stderr)
+    for text in (notable or lines)[-_REPORTED_LINES:]:
+        print(textwrap.indent(text, "  "), file=sys.stderr)
     print(
         f"Check the machine with `nmoe doctor --config {config}`, and see docs/runbook.md for the message above; "
         "--verbose prints everything that the server says.",

@@ -146,4 +146,4 @@ def progress_of(line: str) -> tuple[str, str] | None:
     level, source, text = match.groups()
     if (level == "I" and source.endswith((".cc", ".h"))) or _HARMLESS in text:
         return None
-    return level, text.strip('"')
+    return level, text.strip('"').replace("\\n", "\n")  # the server escapes the lines of a Python traceback

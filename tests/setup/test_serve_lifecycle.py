@@ -1,0 +1,250 @@
+"""`nmoe serve` against a real tritonserver with echo models: starts, answers, stops, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nmoe_backend import server_process
+from tests.model_folder import write_model_folder, write_toml
+from tests.setup.echo_repository import write_echo_repository
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 60.0  # of every wait here; the things waited for take one to three seconds
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Launcher:
+    """`python -m nmoe_backend.launch` as a child, its output line by line."""
+
+    def __init__(self, tmp_path: Path, *flags: str, initialize: str = "pass") -> None:
+        self.ports = free_ports(3)
+        repository = tmp_path / "repository"
+        if not repository.exists():
+            write_echo_repository(repository, initialize)
+        names = ("http_port", "grpc_port", "metrics_port")
+        head = "\n".join(f"{name} = {port}" for name, port in zip(names, self.ports, strict=True))
+        toml = write_toml(tmp_path / "c.toml", write_model_folder(tmp_path / "model"), head)
+        arguments = ["--config", str(toml), "--model-repository", str(repository), *flags]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nmoe_backend.launch", *arguments],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._queue.put(line.rstrip("\n"))
+        self._queue.put(None)
+
+    def wait_for(self, pattern: str) -> str:
+        """The next line that matches; fails at the end of the output."""
+        deadline = time.monotonic() + LIMIT_S
+        while (line := self._queue.get(timeout=max(0.1, deadline - time.monotonic()))) is not None:
+            self.lines.append(line)
+            if re.search(pattern, line):
+                return line
+        raise AssertionError(f"the launcher ended without {pattern!r}:\n" + "\n".join(self.lines))
+
+    def wait_for_end(self) -> int:
+        """The exit code; `lines` is complete afterwards."""
+        code = self.process.wait(LIMIT_S)
+        while (line := self._queue.get(timeout=LIMIT_S)) is not None:
+            self.lines.append(line)
+        return code
+
+    def server(self) -> int:
+        """Process id of its tritonserver."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        assert len(children) == 1, children
+        return int(children[0])
+
+    def post(self, text: str) -> str:
+        """What the ensemble generates."""
+        url = f"http://127.0.0.1:{self.ports[0]}/v2/models/ensemble/generate"
+        body = f'{{"text_input": "{text}", "max_tokens": 4}}'.encode()
+        with urllib.request.urlopen(url, body, timeout=LIMIT_S) as answer:
+            return str(answer.read().decode())
+
+    def assert_nothing_is_left(self, group: int, shm_prefix: str) -> None:
+        """No process of the group, no shared memory, no listener."""
+        assert server_process.group_members(group) == []
+        assert server_process.shared_memory(shm_prefix) == []
+        for port in self.ports:
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Iterator[list[Launcher]]:
+    """Launchers that a test starts; whatever it leaves running is ended."""
+    started: list[Launcher] = []
+    yield started
+    for launcher in started:
+        if launcher.process.poll() is None:
+            launcher.process.send_signal(signal.SIGTERM)
+            launcher.process.send_signal(signal.SIGTERM)
+            launcher.process.wait(LIMIT_S)
+
+
+def start(launched: list[Launcher], tmp_path: Path, *flags: str, initialize: str = "pass") -> Launcher:
+    launched.append(Launcher(tmp_path, *flags, initialize=initialize))
+    return launched[-1]
+
+
+def prefix_of(group: int) -> str:
+    """The shared-memory prefix on a server's command line."""
+    command = Path(f"/proc/{group}/cmdline").read_text()
+    match = re.search(r"shm-region-prefix-name=([\w]+)", command)
+    assert match is not None
+    return match.group(1)
+
+
+def test_it_starts_answers_the_pasted_commands_and_stops_without_a_trace(
+    launched: list[Launcher], tmp_path: Path
+) -> None:
+    launcher = start(launched, tmp_path)
+    launcher.wait_for("doctor: .* checks, ")
+    launcher.wait_for("starting Triton")
+    launcher.wait_for("echo: loading")
+    launcher.wait_for(f"ready: HTTP {launcher.ports[0]}")
+    group = launcher.server()
+    prefix = prefix_of(group)
+    assert server_process.shared_memory(prefix)
+    for model in ("ensemble", "deepseek_v3"):
+        command = shlex.split(launcher.wait_for(f"curl .*{model}"))
+        with urllib.request.urlopen(command[2], command[4].encode(), timeout=LIMIT_S) as answer:
+            assert "The capital of France is" in answer.read().decode()
+    launcher.process.send_signal(signal.SIGINT)
+    assert launcher.wait_for_end() == 0
+    assert launcher.lines[-1].endswith("stopped")
+    launcher.assert_nothing_is_left(group, prefix)
+
+
+def test_a_request_that_runs_when_the_signal_comes_still_gets_its_answer(
+    launched: list[Launcher], tmp_path: Path
+) -> None:
+    launcher = start(launched, tmp_path)
+    launcher.wait_for("ready: ")
+    group = launcher.server()
+    prefix = prefix_of(group)
+    answers: list[str] = []
+    client = threading.Thread(target=lambda: answers.append(launcher.post("slow")))
+    client.start()
+    wait_until(lambda: connections_to(launcher.ports[0]) > 0)
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.wait_for_end() == 0
+    client.join(LIMIT_S)
+    assert len(answers) == 1 and '"text_output":"slow"' in answers[0]
+    launcher.assert_nothing_is_left(group, prefix)
+
+
+def test_a_second_signal_kills_at_once_and_cleans_up(launched: list[Launcher], tmp_path: Path) -> None:
+    launcher = start(launched, tmp_path)
+    launcher.wait_for("ready: ")
+    group = launcher.server()
+    prefix = prefix_of(group)
+    os.kill(group, signal.SIGSTOP)  # a server that does not react
+    launcher.process.send_signal(signal.SIGINT)
+    launcher.wait_for("stopping")
+    launcher.process.send_signal(signal.SIGINT)
+    assert launcher.wait_for_end() == 1
+    assert launcher.lines[-1].endswith("stopped by force")
+    launcher.assert_nothing_is_left(group, prefix)
+
+
+def test_a_model_that_fails_to_load_is_reported_with_its_own_words(launched: list[Launcher], tmp_path: Path) -> None:
+    launcher = start(launched, tmp_path, initialize='raise RuntimeError("no such weights: lm_head")')
+    assert launcher.wait_for_end() == 1
+    output = "\n".join(launcher.lines)
+    assert "tritonserver ended while it started (exit code 1)" in output
+    assert "no such weights: lm_head" in output
+    assert "nmoe doctor --config" in output
+
+
+def test_a_server_that_is_killed_is_noticed_and_cleaned_up(launched: list[Launcher], tmp_path: Path) -> None:
+    launcher = start(launched, tmp_path)
+    launcher.wait_for("ready: ")
+    group = launcher.server()
+    prefix = prefix_of(group)
+    os.kill(group, signal.SIGKILL)
+    assert launcher.wait_for_end() == 1
+    assert any("tritonserver died (exit code -9)" in line for line in launcher.lines)
+    launcher.assert_nothing_is_left(group, prefix)
+
+
+def test_when_the_launcher_is_killed_the_server_ends_by_itself(launched: list[Launcher], tmp_path: Path) -> None:
+    launcher = start(launched, tmp_path)
+    launcher.wait_for("ready: ")
+    group = launcher.server()
+    prefix = prefix_of(group)
+    launcher.process.kill()
+    wait_until(lambda: not server_process.group_members(group) and not server_process.shared_memory(prefix))
+    launcher.assert_nothing_is_left(group, prefix)
+
+
+def test_a_signal_during_the_start_ends_it(launched: list[Launcher], tmp_path: Path) -> None:
+    launcher = start(launched, tmp_path, initialize="time.sleep(3)")
+    launcher.wait_for("echo: loading")
+    group = launcher.server()
+    prefix = prefix_of(group)
+    launcher.process.send_signal(signal.SIGTERM)
+    launcher.wait_for_end()
+    launcher.assert_nothing_is_left(group, prefix)
+
+
+def test_a_start_that_takes_too_long_is_given_up(launched: list[Launcher], tmp_path: Path) -> None:
+    launcher = start(launched, tmp_path, "--start-timeout", "1", initialize="time.sleep(600)")
+    assert launcher.wait_for_end() == 1
+    assert any("was not ready after 1 s" in line for line in launcher.lines)
+
+
+def test_flags_behind_two_dashes_reach_tritonserver(launched: list[Launcher], tmp_path: Path) -> None:
+    launcher = start(launched, tmp_path, "--", "--id=chosen-name")
+    launcher.wait_for("ready: ")
+    with urllib.request.urlopen(f"http://127.0.0.1:{launcher.ports[0]}/v2", timeout=LIMIT_S) as answer:
+        assert '"name":"chosen-name"' in answer.read().decode()
+
+
+def wait_until(condition: object) -> None:
+    """Poll a condition of the outside world, which nobody signals to us."""
+    assert callable(condition)
+    deadline = time.monotonic() + LIMIT_S
+    tick = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        tick.wait(0.05)
+
+
+def connections_to(port: int) -> int:
+    """Established connections to a local port, from /proc/net/tcp."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return sum(1 for line in lines if line.split()[2].endswith(f":{port:04X}") and line.split()[3] == "01")
