@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 
 from nmoe_backend.scheduler_plan import Flight, Planner
-from nmoe_backend.scheduler_rank import Sequence
+from nmoe_backend.scheduler_rank import RankState, Sequence
 from nmoe_backend.types import (
     EngineLimits,
     ErrorKind,
@@ -67,8 +67,32 @@ class Scheduler:
         return len(self._live)
 
     @property
+    def num_new(self) -> int:
+        """Requests that wait for their first step."""
+        return self.planner.num_new
+
+    @property
+    def num_preempted(self) -> int:
+        """Requests that wait for their next step after a preemption."""
+        return self.planner.num_preempted
+
+    @property
+    def preemptions_total(self) -> int:
+        return self.planner.preemptions_total
+
+    @property
     def steps_total(self) -> int:
         return self.planner.committed
+
+    @property
+    def predicted_step_s(self) -> float:
+        """What the model said of the step planned last."""
+        return self.planner.predicted_step_s
+
+    @property
+    def ranks(self) -> tuple[RankState, ...]:
+        """To look at, not to change."""
+        return self.planner.ranks
 
     def add(self, request: Request, sink: TokenSink) -> None:
         """Queue a request; sampling.max_tokens and seed are resolved, and the request fits the limits."""
@@ -116,10 +140,15 @@ class Scheduler:
                 self.abort(request_id, "error", RequestError(text, ErrorKind.DEADLINE))
 
     def drop_all(self, error: RequestError) -> list[TokenSink]:
-        """End every request, for the fatal path; the caller closes the sinks."""
+        """Forget every request, when the engine ends; the caller closes the sinks.
+
+        Touches neither pages nor slots: after a failure their state is unknown, and nobody will use them again.
+        """
         sinks = [seq.sink for seq in self._live.values()]
-        for seq in list(self._live.values()):
-            self._end(seq, "error", error)
+        self._live.clear()
+        self.finished_total["error"] += len(sinks)
+        self.errors_total[error.kind.value] += len(sinks)
+        self.planner.num_new = self.planner.num_preempted = 0
         return sinks
 
     def _end(self, seq: Sequence, reason: FinishReason, error: RequestError | None = None) -> None:

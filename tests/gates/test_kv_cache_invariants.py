@@ -126,7 +126,7 @@ def check_results(replica: Replica, started: list[tuple[Arrival, Request, Collec
             assert sink.embedding == [float(sum(request.prompt_ids))] and sink.finish_reason == "stop"
         else:
             assert sink.token_ids == reference
-            stopped = reference[-1:] == [EOS_ID] and len(reference) > arrival.min_tokens
+            stopped = tuple(reference[-1:]) == replica.limits.eos_token_ids and len(reference) > arrival.min_tokens
             assert sink.finish_reason == ("stop" if stopped else "length")
         if arrival.num_prompt_logprobs is not None:
             assert sink.prompt_logprobs is not None
