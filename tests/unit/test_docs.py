@@ -1,0 +1,46 @@
+"""The documents say what the code does: request tables, file tree, relative links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from nmoe_backend.contract_inputs import INPUTS
+from nmoe_backend.contract_outputs import OUTPUTS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def table_rows(path: Path) -> dict[str, list[str]]:
+    """First cell -> the other cells, for the rows whose first cell is a `name`."""
+    rows = {}
+    for line in path.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("| `") and cells[0].endswith("`"):
+            rows[cells[0].strip("`")] = cells[1:]
+    return rows
+
+
+def test_requests_md_lists_every_tensor_with_type_and_default() -> None:
+    rows = table_rows(ROOT / "docs" / "requests.md")
+    for spec in INPUTS.values():
+        assert rows[spec.name][:2] == [f"{spec.dtype} {list(spec.dims)}", spec.default], spec.name
+    text = (ROOT / "docs" / "requests.md").read_text()
+    for name, (dtype, dims) in OUTPUTS.items():
+        kind = f"{dtype} {list(dims)}"
+        assert rows[name][0] == kind or f"output `{name}` ({kind})" in text, name
+    assert set(rows) == set(INPUTS) | set(OUTPUTS)
+
+
+def test_every_relative_link_and_named_file_exists() -> None:
+    named = re.compile(r"`((?:docs|configs|scripts|perf|tests|model_repository|nmoe_backend)/[\w./-]+)`")
+    for document in DOCUMENTS:
+        for name in named.findall(document.read_text()):
+            assert (ROOT / name).exists(), f"{document.name} names {name}"
+
+
+def test_every_markdown_document_is_named_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.stem in readme, f"README.md does not mention docs/{path.name}"
