@@ -131,7 +131,11 @@ def remove_shared_memory(prefix: str) -> None:
 
 _GLOG = re.compile(r"^([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ \d+ ([\w.\-]+):\d+\] ?(.*)$")
 _TABLE = re.compile(r"^[+|]")  # the server's tables of backends, models and options
-_HARMLESS = "CudaDriverHelper has not been initialized"  # what a server says on a machine without a GPU
+_NO_GPU = (  # what a server says on a machine without a GPU, as errors and warnings; the doctor judges GPUs
+    "CudaDriverHelper has not been initialized",
+    "unable to create stream for",
+    "no pinned memory pool",
+)
 
 
 def progress_of(line: str) -> tuple[str, str] | None:
@@ -144,6 +148,6 @@ def progress_of(line: str) -> tuple[str, str] | None:
     if match is None:
         return None if not line.strip() or _TABLE.match(line) else ("", line)
     level, source, text = match.groups()
-    if (level == "I" and source.endswith((".cc", ".h"))) or _HARMLESS in text:
+    if (level == "I" and source.endswith((".cc", ".h"))) or any(words in text for words in _NO_GPU):
         return None
     return level, text.strip('"').replace("\\n", "\n")  # the server escapes the lines of a Python traceback

@@ -96,6 +96,7 @@ def test_the_curl_commands_are_valid_shell_and_json(toml: Path) -> None:
         ("W1123 19:14:00.123456 77 metrics.cc:798] unable to get power", ("W", "unable to get power")),
         ("E1123 19:14:00.123456 77 model_lifecycle.cc:642] failed to load", ("E", "failed to load")),
         ("E1123 19:14:00.1 77 cuda.cc:1] CudaDriverHelper has not been initialized.", None),
+        ("W1123 19:14:00.1 77 pinned_memory_manager.cc:1] failed to allocate: no pinned memory pool, falling", None),
         (r'E1123 19:14:00.1 77 b.cc:1] "failed\n\nAt:\n  a.py(1)"', ("E", "failed\n\nAt:\n  a.py(1)")),
         ("+-----+----+", None),
         ("| Model | Version |", None),
