@@ -116,7 +116,7 @@ class Planner:
         due = self._grow_at.pop(step_id, None)
         if due is None:
             return
-        # In order, so that whoever is preempted for a page has not been served in this plan yet.
+        # In order, so that nobody gets a page and loses it again to the next.
         for seq in sorted(due, key=by_order):
             rank = seq.rank
             if seq.grow_step != step_id or rank is None:  # it ended, or was preempted

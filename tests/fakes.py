@@ -184,7 +184,9 @@ class PlanChecker:
         for init in plan.admitted:
             self._admit(init)
         for slot, idx, page in plan.new_pages:
+            assert slot in plan.slots, f"page {page} is announced for slot {slot}, which has no row in this plan"
             self._announce(slot, idx, page)
+        assert len({page for _, _, page in plan.new_pages}) == len(plan.new_pages), "a page is announced twice"
         token_ids: list[int] = []
         logprobs: dict[int, TokenLogprobs] = {}
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
@@ -256,6 +258,8 @@ class PlanChecker:
             assert (page, offset) not in self.memory, f"page {page}, offset {offset} is written twice"
             self.memory[page, offset] = token
             state.num_written += 1
+        needed = -(-state.num_written // page_size)
+        assert len(state.table) == needed, f"slot {slot} has {len(state.table)} pages and needs {needed}"
         total = len(state.init.prompt_ids) + max(0, (state.init.sampling.max_tokens or 0) - 1)
         assert state.num_written <= total, f"slot {slot} feeds token {state.num_written} of at most {total}"
 

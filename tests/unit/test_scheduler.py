@@ -1,0 +1,395 @@
+"""Scheduling decisions, step by step, on pretended ranks that check every plan (tests/fakes.py: PlanChecker)."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+
+from nmoe_backend.scheduler import Scheduler
+from nmoe_backend.scheduler_plan import MIN_CHUNK
+from nmoe_backend.types import EngineLimits, ErrorKind, RankError, RankOutput, RankPlan, StepPlan
+from tests.fakes import CollectingSink, PlanChecker, expected_tokens, make_limits, make_request
+
+
+class Steps:
+    """Schedules and commits with one step of overlap; time is what `seconds` says of a plan."""
+
+    def __init__(self, limits: EngineLimits, overlap: bool = True) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(limits)
+        self.checkers = [PlanChecker(limits, idx) for idx in range(limits.num_ranks)]
+        self.under_way: deque[tuple[StepPlan, list[RankOutput]]] = deque()
+        self.overlap = overlap
+        self.times_s: list[float] = []
+
+    def seconds(self, plan: StepPlan) -> float:
+        rows = max(share.num_decode for share in plan.ranks)
+        return 0.005 + 1e-5 * rows + 1e-4 * max(len(share.token_ids) for share in plan.ranks)
+
+    def add(self, request_id: int, prompt_len: int, max_tokens: int = 4, **changes: object) -> CollectingSink:
+        sink = CollectingSink()
+        prompt = [(request_id * 7 + i) % 100 for i in range(prompt_len)]
+        self.scheduler.add(make_request(request_id, prompt, max_tokens, **changes), sink)
+        return sink
+
+    def step(self) -> StepPlan | None:
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.under_way.append((plan, [checker.run(plan) for checker in self.checkers]))
+        if self.under_way and (not self.overlap or plan is None or len(self.under_way) > 1):
+            oldest, outputs = self.under_way.popleft()
+            self.times_s.append(self.seconds(oldest))
+            self.scheduler.commit(oldest.step_id, outputs, self.times_s[-1])
+        self.scheduler.check_invariants()
+        return plan
+
+    def run(self, most: int = 2000) -> None:
+        for _ in range(most):
+            if self.step() is None and not self.under_way:
+                return
+        raise AssertionError("no end")
+
+
+def only(plan: StepPlan | None) -> RankPlan:
+    assert plan is not None
+    (share,) = plan.ranks
+    return share
+
+
+def test_plan_matches_the_example_of_the_contract() -> None:
+    """types.RankPlan's, with slot 0 in place of 2 and 1 in place of 0."""
+    steps = Steps(make_limits(num_ranks=1, page_size=4))
+    steps.add(1, 9)
+    steps.step()
+    steps.add(2, 6)
+    share = only(steps.step())
+    assert (list(share.slots), list(share.starts), list(share.lengths)) == ([0, 1], [9, 0], [1, 6])
+    assert share.num_decode == 1 and len(share.token_ids) == 6 and list(share.samples) == [True, True]
+    assert [(slot, idx) for slot, idx, _ in share.new_pages] == [(1, 0), (1, 1)]
+    assert [init.slot for init in share.admitted] == [1]
+
+
+def test_step_is_planned_before_the_one_before_is_committed() -> None:
+    steps = Steps(make_limits(num_ranks=1))
+    steps.add(1, 3, max_tokens=3)
+    scheduler = steps.scheduler
+    plans = [scheduler.schedule() for _ in range(4)]
+    assert [only(plan).starts[0] for plan in plans[:3]] == [0, 3, 4]
+    assert plans[3] is None, "a row past max_tokens would have been planned"
+
+
+def test_stop_token_discards_the_row_that_was_planned_ahead() -> None:
+    limits = make_limits(num_ranks=1)
+    probe = expected_tokens(make_request(1, [7, 8, 9], 10), limits)
+    steps = Steps(limits)
+    sink = steps.add(1, 3, max_tokens=10, stop_token_ids=(probe[2],))
+    assert [(1 * 7 + i) % 100 for i in range(3)] == [7, 8, 9]
+    steps.run()
+    assert sink.token_ids == probe[:3] and sink.finish_reason == "stop"
+    assert steps.scheduler.generation_tokens_total == 3
+    assert steps.scheduler.ranks[0].pool.num_used == 0
+
+
+def test_min_tokens_holds_the_stop_check_back_and_ignore_eos_turns_it_off() -> None:
+    def always_seven(history: object, vocab_size: int) -> int:
+        return 7
+
+    steps = Steps(make_limits(num_ranks=1, eos_token_ids=(7,)))
+    steps.checkers[0].token_fn = always_seven
+    plain = steps.add(1, 2, max_tokens=6)
+    held = steps.add(2, 2, max_tokens=6, min_tokens=3)
+    ignoring = steps.add(3, 2, max_tokens=6, ignore_eos=True)
+    steps.run()
+    assert (plain.token_ids, plain.finish_reason) == ([7], "stop")
+    assert (held.token_ids, held.finish_reason) == ([7] * 4, "stop")
+    assert (ignoring.token_ids, ignoring.finish_reason) == ([7] * 6, "length")
+
+
+def test_slot_init_names_every_id_that_ends_the_sequence() -> None:
+    steps = Steps(make_limits(num_ranks=1, eos_token_ids=(7, 8)))
+    steps.add(1, 2, stop_token_ids=(9,))
+    steps.add(2, 2, stop_token_ids=(9,), ignore_eos=True)
+    inits = only(steps.step()).admitted
+    assert [sorted(init.stop_token_ids) for init in inits] == [[7, 8, 9], [9]]
+
+
+def test_max_tokens_zero_prefills_and_closes() -> None:
+    steps = Steps(make_limits(num_ranks=1))
+    sink = steps.add(1, 20, max_tokens=0, num_prompt_logprobs=0)
+    steps.run()
+    assert sink.finish_reason == "length" and sink.token_ids == []
+    assert sink.prompt_logprobs is not None and len(sink.prompt_logprobs) == 19
+
+
+def test_embedding_is_put_and_closed_as_stop() -> None:
+    steps = Steps(make_limits(num_ranks=1))
+    sink = steps.add(1, 20, max_tokens=0, embed=True)
+    steps.run()
+    assert sink.embedding == [float(sum((7 + i) % 100 for i in range(20)))]
+    assert sink.finish_reason == "stop"
+
+
+def test_prompt_logprobs_come_once_before_the_first_token_across_chunks_and_preemptions() -> None:
+    limits = make_limits(num_ranks=1, num_pages=16, max_prefill_tokens=5)
+    steps = Steps(limits)
+    older = [steps.add(i, 4, max_tokens=30) for i in range(1, 3)]
+    for _ in range(3):
+        steps.step()
+    sink = steps.add(9, 18, max_tokens=8, num_prompt_logprobs=0)
+    steps.run()
+    assert all(one.finish_reason == "length" for one in older)
+    assert steps.scheduler.preemptions_total > 0
+    assert sink.prompt_logprobs is not None  # CollectingSink asserts once, and before the first token
+    assert [entry.logprob for entry in sink.prompt_logprobs] == [-float(i) for i in range(1, 18)]
+
+
+def test_logprobs_travel_with_their_tokens() -> None:
+    steps = Steps(make_limits(num_ranks=1))
+    plain, asked = steps.add(1, 3), steps.add(2, 5, num_logprobs=2)
+    steps.run()
+    assert plain.logprobs == [None] * 4
+    assert [entry and (entry.token_id, entry.logprob) for entry in asked.logprobs] == [
+        (token, -float(5 + i)) for i, token in enumerate(asked.token_ids)
+    ]
+
+
+def test_cancel_frees_slot_and_pages_for_the_very_next_plan() -> None:
+    limits = make_limits(num_ranks=1, num_pages=16, max_batch_size=1)
+    steps = Steps(limits)
+    first, second = steps.add(1, 40, max_tokens=20), steps.add(2, 40, max_tokens=2)
+    for _ in range(5):
+        steps.step()
+    assert steps.scheduler.abort(1, "cancelled")
+    assert steps.scheduler.ranks[0].pool.num_used == 0
+    assert [init.prompt_ids[0] for init in only(steps.step()).admitted] == [14]
+    steps.run()
+    assert first.finish_reason == "cancelled" and second.finish_reason == "length"
+    assert not steps.scheduler.abort(1, "cancelled"), "it is not live any more"
+
+
+def test_higher_priority_first_then_arrival() -> None:
+    steps = Steps(make_limits(num_ranks=1, max_batch_size=1))
+    sinks = {i: steps.add(i, 4, max_tokens=1, priority=priority) for i, priority in [(1, 0), (2, 0), (3, 5), (4, 5)]}
+    ended: list[int] = []
+    while len(ended) < 4:
+        steps.step()
+        ended += [i for i, sink in sinks.items() if sink.is_done and i not in ended]
+    assert ended == [3, 4, 1, 2]
+
+
+def test_the_last_in_order_is_preempted_and_the_first_never() -> None:
+    limits = make_limits(num_ranks=1, num_pages=16, max_seq_len=60, max_batch_size=4)
+    steps = Steps(limits)
+    sinks = {i: steps.add(i, 8, max_tokens=40) for i in (1, 2, 3)}
+    steps.step()
+    late_but_important = steps.add(4, 8, max_tokens=40, priority=1)
+    preempted: set[int] = set()
+    for _ in range(500):
+        steps.step()
+        waiting = {entry[1].request.request_id for entry in steps.scheduler.planner._queue if not entry[1].is_new}
+        preempted |= waiting
+        if steps.scheduler.num_live == 0:
+            break
+    assert 3 in preempted and 4 not in preempted
+    order = {
+        i: expected_tokens(make_request(i, [(i * 7 + k) % 100 for k in range(8)], 40), limits) for i in (1, 2, 3, 4)
+    }
+    assert {**{i: sink.token_ids for i, sink in sinks.items()}, 4: late_but_important.token_ids} == order
+
+
+def test_preempted_sequence_resumes_with_its_outputs_as_known_tokens() -> None:
+    limits = make_limits(num_ranks=1, num_pages=15, max_seq_len=60)
+    steps = Steps(limits)
+    sinks = [steps.add(i, 8, max_tokens=40) for i in (1, 2)]
+    resumed = []
+    for _ in range(300):
+        plan = steps.step()
+        if plan is not None:
+            resumed += [init for init in plan.ranks[0].admitted if init.output_ids]
+    assert resumed and steps.scheduler.preemptions_total == len(resumed)
+    assert all(init.output_ids == tuple(sinks[1].token_ids[: len(init.output_ids)]) for init in resumed)
+    assert all(sink.finish_reason == "length" and len(sink.token_ids) == 40 for sink in sinks)
+
+
+def test_pages_of_a_row_that_is_preempted_while_it_is_planned_are_not_announced() -> None:
+    """The row grows first, then a prefill before it in order needs its pages: PlanChecker sees what is left over."""
+    limits = make_limits(num_ranks=1, num_pages=16, max_seq_len=64, max_prefill_tokens=8, max_batch_size=6)
+    steps = Steps(limits)
+    sinks = {i: steps.add(i, 3, max_tokens=40) for i in range(1, 5)}
+    for _ in range(2):
+        steps.step()
+    sinks[9] = steps.add(9, 24, max_tokens=4, priority=1)
+    steps.run()
+    assert steps.scheduler.preemptions_total > 0
+    for i, sink in sinks.items():
+        length, count = (24, 4) if i == 9 else (3, 40)
+        assert sink.token_ids == expected_tokens(
+            make_request(i, [(i * 7 + k) % 100 for k in range(length)], count), limits
+        )
+
+
+def test_head_of_the_queue_is_not_passed_by_smaller_ones() -> None:
+    steps = Steps(make_limits(num_ranks=1, num_pages=16, max_batch_size=4))
+    steps.add(1, 30, max_tokens=20)
+    steps.step()
+    big, small = steps.add(2, 60, max_tokens=1), steps.add(3, 1, max_tokens=1)
+    for _ in range(8):
+        steps.step()
+    assert steps.scheduler.num_new == 2 and not small.is_done
+    steps.run()
+    assert big.is_done and small.is_done
+
+
+def test_newcomers_leave_a_page_in_reserve_for_each_running_sequence() -> None:
+    """Otherwise their prefill would be thrown away at the next page boundary of somebody before them."""
+    steps = Steps(make_limits(num_ranks=1, num_pages=16, max_batch_size=4, max_prefill_tokens=64))
+    for i in (1, 2, 3):
+        steps.add(i, 16, max_tokens=3)  # 4 pages each, 3 of reserve: 4 - 3 = 1 page is left
+    steps.step()
+    steps.add(4, 5, max_tokens=3)
+    steps.step()
+    assert steps.scheduler.num_new == 1
+    steps.run()
+    assert steps.scheduler.preemptions_total == 0
+
+
+def test_prompts_spread_over_the_ranks() -> None:
+    steps = Steps(make_limits(num_ranks=4, max_batch_size=4))
+    for i in range(8):
+        steps.add(i, 6 + i, max_tokens=8)
+    for _ in range(4):
+        steps.step()
+    assert [rank.num_sequences for rank in steps.scheduler.ranks] == [2, 2, 2, 2]
+
+
+def test_every_rank_gets_a_plan_in_every_step() -> None:
+    steps = Steps(make_limits(num_ranks=4))
+    steps.add(1, 3)
+    plan = steps.step()
+    assert plan is not None and len(plan.ranks) == 4
+    assert sorted(len(share.slots) for share in plan.ranks) == [0, 0, 0, 1]
+
+
+def test_a_long_prompt_is_chunked_and_the_decoding_go_on_in_every_step() -> None:
+    steps = Steps(make_limits(num_ranks=1, num_pages=64, max_seq_len=200, max_prefill_tokens=48))
+    runner = steps.add(1, 4, max_tokens=30)
+    steps.step()
+    long = steps.add(2, 150, max_tokens=2)
+    shares = []
+    while not long.is_done:
+        shares.append(only(steps.step()))
+        assert len(shares[-1].token_ids) <= 48
+    chunks = [share for share in shares if share.token_ids]
+    assert len(chunks) >= 4 and all(share.num_decode >= 1 for share in chunks)
+    steps.run()
+    assert len(runner.token_ids) == 30
+
+
+def test_steps_stay_under_the_target_while_somebody_decodes() -> None:
+    """Virtual time: 5 ms + 0.1 ms a prefill token. A target of 20 ms leaves room for about 150 tokens."""
+    steps = Steps(
+        make_limits(num_ranks=2, num_pages=2048, max_seq_len=4096, max_prefill_tokens=2048, itl_target_ms=20.0)
+    )
+    steps.add(1, 4, max_tokens=400)
+    for _ in range(20):
+        steps.step()
+    before = len(steps.times_s)
+    prompts = [steps.add(i, 2000, max_tokens=2) for i in (2, 3, 4)]
+    chunks: list[int] = []
+    while not all(sink.is_done for sink in prompts):
+        plan = steps.step()
+        assert plan is not None
+        assert steps.scheduler.predicted_step_s <= 0.020
+        if steps.scheduler.num_new:
+            assert any(share.token_ids for share in plan.ranks), "a waiting prompt did not advance"
+        chunks += [len(share.token_ids) for share in plan.ranks if share.token_ids]
+    assert max(steps.times_s[before:]) <= 0.020 * 1.10, "while it learns, predictions are a little off"
+    assert max(steps.times_s[before + 20 :]) <= 0.020 * 1.01
+    assert max(chunks) >= 100, "the room is used"
+
+
+def test_an_untrained_model_grows_its_chunks_step_by_step() -> None:
+    steps = Steps(
+        make_limits(num_ranks=1, num_pages=2048, max_seq_len=4096, max_prefill_tokens=4096, itl_target_ms=30.0)
+    )
+    steps.add(1, 4, max_tokens=100)
+    steps.step()
+    steps.add(2, 4000, max_tokens=2)
+    chunks = [len(only(steps.step()).token_ids) for _ in range(6)]
+    assert chunks[0] == MIN_CHUNK
+    assert all(later <= max(MIN_CHUNK, 2 * max(chunks[:i])) for i, later in enumerate(chunks) if i)
+    assert max(steps.times_s) <= 0.030
+
+
+def test_the_first_prompt_of_a_rank_advances_even_when_the_target_is_hopeless() -> None:
+    steps = Steps(make_limits(num_ranks=1, num_pages=64, max_seq_len=200, max_prefill_tokens=64, itl_target_ms=0.001))
+    steps.add(1, 4, max_tokens=60)
+    for _ in range(10):
+        steps.step()
+    prompt = steps.add(2, 150, max_tokens=2)
+    shares = [only(steps.step()) for _ in range(5)]
+    assert [len(share.token_ids) for share in shares] == [32, 32, 32, 32, 22]
+    steps.run()
+    assert prompt.finish_reason == "length"
+
+
+def test_nobody_decodes_so_the_whole_budget_is_used() -> None:
+    steps = Steps(make_limits(num_ranks=1, num_pages=64, max_seq_len=200, max_prefill_tokens=64, itl_target_ms=0.001))
+    steps.add(1, 150)
+    assert len(only(steps.step()).token_ids) == 64
+
+
+def test_deadlines_end_the_waiting_and_the_running() -> None:
+    steps = Steps(make_limits(num_ranks=1, max_batch_size=1))
+    running = steps.add(1, 4, max_tokens=30, deadline_s=5.0)
+    waiting = steps.add(2, 4, max_tokens=30, deadline_s=3.0)
+    for _ in range(4):
+        steps.step()
+    steps.scheduler.expire(2.9)
+    assert not running.is_done and not waiting.is_done
+    steps.scheduler.expire(3.0)
+    assert waiting.error is not None and waiting.error.kind is ErrorKind.DEADLINE and not running.is_done
+    steps.scheduler.expire(6.0)
+    assert running.error is not None and "after 5.000 s" in str(running.error)
+    steps.run()
+    assert steps.scheduler.errors_total["deadline"] == 2
+
+
+def test_queue_and_deadlines_do_not_keep_the_ended() -> None:
+    steps = Steps(make_limits(num_ranks=1, max_batch_size=1))
+    steps.add(0, 4, max_tokens=30)
+    for i in range(1, 2000):
+        steps.add(i, 4, deadline_s=1e9)
+        steps.scheduler.abort(i, "cancelled")
+    assert len(steps.scheduler.planner._queue) < 200 and len(steps.scheduler._deadlines) < 200
+
+
+def test_step_buckets_do_not_keep_the_ended() -> None:
+    """Sequences with a far max_tokens that end early must not stay behind until that step comes."""
+    steps = Steps(make_limits(num_ranks=1, num_pages=20_000, max_seq_len=70_000, eos_token_ids=tuple(range(500))))
+    for i in range(200):
+        steps.add(i, 4, max_tokens=60_000)
+        steps.step()
+    steps.run()
+    planner = steps.scheduler.planner
+    assert sum(map(len, [*planner._grow_at.values(), *planner._final_at.values()])) < 20
+
+
+@pytest.mark.parametrize(
+    "bad", [RankOutput(token_ids=[1], error_word=3), RankOutput(token_ids=[]), RankOutput(token_ids=[1, 2])]
+)
+def test_a_failed_rank_is_noticed_before_any_sink_hears(bad: RankOutput) -> None:
+    limits = make_limits(num_ranks=2)
+    steps = Steps(limits)
+    sinks = [steps.add(1, 3), steps.add(2, 3)]
+    plan = steps.scheduler.schedule()
+    assert plan is not None
+    with pytest.raises(RankError, match="rank 1"):
+        steps.scheduler.commit(plan.step_id, [RankOutput(token_ids=[5]), bad])
+    assert all(sink.token_ids == [] for sink in sinks)
+
+
+def test_a_pool_that_cannot_hold_one_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="raise num_pages or lower max_seq_len"):
+        Scheduler(make_limits(num_pages=4, page_size=4, max_seq_len=17))
