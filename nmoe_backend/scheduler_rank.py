@@ -87,6 +87,7 @@ class RankState:
     def __init__(self, rank_idx: int, limits: EngineLimits) -> None:
         self.rank_idx = rank_idx
         self.pool = PagePool(limits.num_pages, limits.page_size)
+        self.num_sequences = 0  # that hold a slot
         self.free_slots = list(range(limits.max_batch_size - 1, -1, -1))
         self.decoding: list[Sequence] = []  # decoding[i].row == i; parallel to slots and starts
         self.slots: list[int] = []
@@ -96,11 +97,6 @@ class RankState:
         self.pages_promised = 0  # pages that `prefilling` still has to get for that
         self.new_pages: list[tuple[int, int, int]] = []
         self.chunks: list[tuple[Sequence, int, int]] = []  # (sequence, start, length) of the plan being written
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that hold a slot."""
-        return len(self.decoding) + len(self.prefilling)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence that feeds `num_tokens` may come in (the rule is argued in scheduler_plan.py)."""
@@ -113,6 +109,7 @@ class RankState:
         """Give the sequence a slot and a place among the prefilling ones; pages come chunk by chunk."""
         seq.rank = self
         seq.slot = self.free_slots.pop()
+        self.num_sequences += 1
         seq.table = BlockTable(self.pool, seq.request.request_id)
         seq.announced = False
         seq.num_known = len(seq.request.prompt_ids) + len(seq.output_ids)
@@ -163,6 +160,7 @@ class RankState:
             self.new_pages = [entry for entry in self.new_pages if entry[0] != seq.slot]
         table.release()
         self.free_slots.append(seq.slot)
+        self.num_sequences -= 1
         seq.rank = seq.table = None
         seq.slot = seq.row = seq.grow_step = seq.final_step = NEVER
 
@@ -211,6 +209,7 @@ class RankState:
         self.pool.check_invariants([seq.table for seq in held if seq.table is not None])
         slots = sorted([*self.free_slots, *(seq.slot for seq in held)])
         total = len(self.free_slots) + len(held)
+        assert self.num_sequences == len(held), f"rank {self.rank_idx} counts {self.num_sequences}, holds {len(held)}"
         assert slots == list(range(total)), f"rank {self.rank_idx}: slots {slots} are not each free or held once"
         assert all(seq.rank is self and not seq.ended for seq in held), f"rank {self.rank_idx} holds an ended sequence"
         assert self.slots == [seq.slot for seq in self.decoding] and len(self.starts) == len(self.decoding)
