@@ -1,7 +1,7 @@
 """P8: what a step costs the host, by number of sequences; no model, no device.
 
-    python perf/bench_control_plane.py                                   # the table, then one JSON line
-    python perf/bench_control_plane.py --baseline perf/baselines/cpu.json [--check | --save]
+    python -m perf.bench_control_plane                                 # the table, then one JSON line
+    python -m perf.bench_control_plane --baseline perf/baselines/cpu.json [--check | --save]
 
 Steady state over 8 ranks with a page size of 64: about 5 % of the sequences end in every step (by length and by stop
 id) and as many arrive with a prompt of 256 tokens; penalties and three stop ids are set. Ranks are replaced by lists of
