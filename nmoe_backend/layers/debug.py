@@ -37,9 +37,10 @@ def _wrap(name: str, operation: Callable[..., Any], switches: DebugSwitches) -> 
         if switches.debug_finite:
             for tensor in result if isinstance(result, tuple) else (result,):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    shapes = [tuple(arg.shape) for arg in args if isinstance(arg, Tensor)]
                     raise RankError(
                         f"{name} returned NaN or Inf in a tensor {tuple(tensor.shape)} {tensor.dtype}, from inputs "
-                        f"{[tuple(a.shape) for a in args if isinstance(a, Tensor)]}. Check the weights, then the operation."
+                        f"{shapes}. Check the weights, then the operation."
                     )
         return result
 
