@@ -56,6 +56,11 @@ class ReplicaConfig:
         """Ranks of this replica."""
         return len(self.gpus)
 
+    @property
+    def is_virtual(self) -> bool:
+        """All ranks on one GPU: right but slow, for checks on a machine with fewer GPUs than ranks."""
+        return len(self.gpus) > 1 and len(set(self.gpus)) == 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationDefaults:
@@ -377,11 +382,17 @@ def _check_replicas(config: ServeConfig, top: Table, model: Table) -> None:
     ids = [replica.replica_id for replica in config.replicas]
     if len(set(ids)) < len(ids):
         raise top.error("replicas", f"has the replica_ids {ids}. Give each replica an id of its own.")
-    gpus = [gpu for replica in config.replicas for gpu in replica.gpus]
+    gpus = [
+        gpu
+        for replica in config.replicas
+        for gpu in (set(replica.gpus) if config.device == "cuda" and replica.is_virtual else replica.gpus)
+    ]
     twice = sorted({gpu for gpu in gpus if gpus.count(gpu) > 1})
     if twice:
         raise top.error(
-            "replicas", f"uses gpus {twice} more than once. Each rank needs a number of its own, over all replicas."
+            "replicas",
+            f"uses gpus {twice} more than once. Each rank needs a number of its own, over all replicas "
+            '(or, with device = "cuda", all ranks of a replica the same one: virtual ranks, for tests).',
         )
     num_experts = model.integer("n_routed_experts", low=1)
     for replica in config.replicas:

@@ -127,6 +127,8 @@ def check_memory(config: ServeConfig, dims: memory.ModelDims, facts: GpuFacts) -
     for replica in config.replicas:
         gpus = [facts.gpus[index] for index in replica.gpus]
         available = min(memory.available_bytes(config, gpu.free, gpu.total) for gpu in gpus)
+        if replica.is_virtual:
+            available //= replica.world_size
         findings += check_budget(config, dims, replica, available)
         used = max(gpu.total - gpu.free for gpu in gpus)
         if used > 2 * memory.GB:

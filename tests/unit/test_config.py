@@ -197,6 +197,13 @@ def test_a_lone_prefill_replica_is_an_error_and_a_pair_is_not(model: Path) -> No
     assert [replica.role for replica in config.replicas] == ["prefill", "decode"]
 
 
+def test_all_ranks_of_a_replica_may_share_one_gpu_but_not_some(model: Path) -> None:
+    assert load(model, "device = 'cuda'", gpus="[0, 0, 0, 0]").replicas[0].is_virtual
+    for head, gpus in (("device = 'cuda'", "[0, 0, 1, 1]"), ("device = 'cpu'", "[0, 0]")):
+        with pytest.raises(ConfigError, match=r"uses gpus \[0.*\] more than once"):
+            load(model, head, gpus=gpus)
+
+
 def test_missing_required_keys_are_named(model: Path) -> None:
     path = model.parent / "c.toml"
     path.write_text(f'model_path = "{model}"\nmax_seq_len = 128\n')
