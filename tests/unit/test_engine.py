@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from nmoe_backend.engine import Engine
-from nmoe_backend.types import EngineLimits, ErrorKind, RequestError
+from nmoe_backend.types import EngineLimits, ErrorKind, RankError, RankOutput, RequestError
 from tests.fakes import CollectingSink, FakeRank, VirtualClock, expected_tokens, make_limits, make_request
 
 
@@ -169,6 +169,27 @@ def test_a_rank_that_hangs_in_execute_is_named() -> None:
         sink = submit(engine, 1)
         assert sink.wait() == "error"
         assert "ranks [1] did not launch step 1 in 0.2 s" in str(sink.error)
+
+
+def test_requests_that_nobody_has_looked_at_yet_end_with_the_engine_too() -> None:
+    limits = make_limits(num_ranks=1)
+    is_waited_for, may_fail = threading.Event(), threading.Event()
+
+    class Doomed:
+        def wait(self, timeout_s: float) -> RankOutput:
+            is_waited_for.set()
+            may_fail.wait(timeout_s)
+            raise RankError("lost")
+
+    rank = FakeRank(limits)
+    rank.execute = lambda plan: Doomed()  # type: ignore[method-assign, assignment, return-value]
+    with running(limits, [rank]) as (engine, _):
+        first = submit(engine, 1)
+        assert is_waited_for.wait(10.0)
+        second = submit(engine, 2)  # the engine's thread is busy
+        may_fail.set()
+        assert [first.wait(), second.wait()] == ["error", "error"]
+        assert second.error is not None and second.error.kind is ErrorKind.ENGINE
 
 
 def test_no_token_of_a_step_with_an_error_word_reaches_a_client() -> None:
