@@ -3,7 +3,7 @@
 Arithmetic, no torch: the doctor prints it before a start, the load sizes `num_pages = 0` with it. Weights, KV and
 transport follow from shapes and are exact up to the allocator's rounding; activations, graphs and context are bounds.
 
-Example, DeepSeek-V3 in fp8 on eight ranks: 81.7 GB of experts, 16 GB replicated and 3.7 GB of embedding and head make
+Example, DeepSeek-V3 in fp8 on eight ranks: 81.7 GB of experts, 16.7 GB replicated and 3.7 GB of embedding and head make
 about 102 GB of weights a rank; a token's KV is 61 layers x 576 values x 2 bytes = 70,272 bytes.
 """
 
@@ -67,14 +67,30 @@ class ModelDims:
         return (
             self.q_lora_rank * (self.hidden_size + heads * qk_head_dim)
             + (self.kv_lora_rank + self.qk_rope_head_dim) * self.hidden_size
-            + heads * (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank
+            + self.kv_b_params
             + self.hidden_size * heads * self.v_head_dim
         )
+
+    @property
+    def kv_b_params(self) -> int:
+        """kv_b_proj of one MLA layer: W_UK and W_UV of every head."""
+        return self.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank
 
     @property
     def expert_params(self) -> int:
         """One routed expert: gate, up and down."""
         return 3 * self.hidden_size * self.moe_intermediate_size
+
+    @property
+    def largest_linear(self) -> int:
+        """Weights of the largest one of the linears that may stay quantised."""
+        heads, qk_head_dim = self.num_attention_heads, self.qk_nope_head_dim + self.qk_rope_head_dim
+        return max(
+            self.hidden_size * self.intermediate_size,
+            self.hidden_size * heads * self.v_head_dim,
+            self.q_lora_rank * heads * qk_head_dim,
+            2 * self.hidden_size * self.moe_intermediate_size,
+        )
 
     @property
     def num_moe_layers(self) -> int:
@@ -126,18 +142,24 @@ def page_bytes(config: ServeConfig, dims: ModelDims) -> int:
 
 
 def weight_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> int:
-    """Weights of one rank: its share of the routed experts and all the rest. fp8 stays fp8 on a GPU only."""
+    """Weights of one rank: its share of the routed experts and all the rest. fp8 stays fp8 on a GPU only, and there in
+    all linears but kv_b, which absorbed attention needs in the compute dtype (2.05 GB for DeepSeek-V3)."""
     compute = compute_bytes(config, dims)
-    keeps_fp8 = dims.fp8_block > 0 and config.device == "cuda"
-    linear_bytes = 1 + 4 / dims.fp8_block if keeps_fp8 else compute
-    linear = dims.num_hidden_layers * dims.attention_params
+    linear_bytes = 1 + 4 / dims.fp8_block if keeps_fp8(config, dims) else compute
+    kv_b = dims.num_hidden_layers * dims.kv_b_params
+    linear = dims.num_hidden_layers * dims.attention_params - kv_b
     linear += dims.first_k_dense_replace * 3 * dims.hidden_size * dims.intermediate_size
     local_experts = dims.n_routed_experts // world_size
     linear += dims.num_moe_layers * (local_experts + dims.n_shared_experts) * dims.expert_params
     norms = dims.num_hidden_layers * (2 * dims.hidden_size + dims.q_lora_rank + dims.kv_lora_rank) + dims.hidden_size
     embedding_and_head = 2 * dims.vocab_size * dims.hidden_size
     router = dims.num_moe_layers * dims.n_routed_experts * (dims.hidden_size + 1)
-    return round(linear * linear_bytes) + (norms + embedding_and_head) * compute + router * 4
+    return round(linear * linear_bytes) + (kv_b + norms + embedding_and_head) * compute + router * 4
+
+
+def keeps_fp8(config: ServeConfig, dims: ModelDims) -> bool:
+    """Whether weights stay quantised in memory: an fp8 checkpoint on a GPU. On a CPU they are dequantised at load."""
+    return dims.fp8_block > 0 and config.device == "cuda"
 
 
 def tokens_per_step(config: ServeConfig) -> int:
@@ -146,12 +168,9 @@ def tokens_per_step(config: ServeConfig) -> int:
 
 
 def transport_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> int:
-    """RDEP's receive buffers of one rank: world x T_cap slots for dispatch (rows, ids, weights) and combine (fp32)."""
-    compute = compute_bytes(config, dims)
-    fp8_payload = dims.fp8_block > 0 and config.device == "cuda"
-    payload = dims.hidden_size + dims.hidden_size // 128 * 4 if fp8_payload else dims.hidden_size * compute
+    """RDEP's buffers of one rank: world x T_cap slots: a received row, its ids and weights, a returned fp32 row."""
     slots = world_size * tokens_per_step(config)
-    return slots * (payload + dims.num_experts_per_tok * 8 + dims.hidden_size * 4)
+    return slots * (dims.hidden_size * (compute_bytes(config, dims) + 4) + dims.num_experts_per_tok * 8)
 
 
 def activation_bytes(config: ServeConfig, dims: ModelDims) -> int:
@@ -164,7 +183,9 @@ def activation_bytes(config: ServeConfig, dims: ModelDims) -> int:
     expert_pass = _EXPERT_PASS_ROWS * (3 * dims.moe_intermediate_size * compute + dims.hidden_size * (compute + 4))
     logits = config.max_batch_size * dims.vocab_size * 4 * _LOGIT_COPIES
     sampler = config.max_batch_size * (dims.vocab_size * 5 + (config.max_seq_len + 1) * 4)  # counts, mask, history
-    return tokens + expert_pass + logits + sampler
+    # One weight at a time is dequantised, via fp32.
+    dequantized = dims.largest_linear * (4 + compute) if keeps_fp8(config, dims) else 0
+    return tokens + expert_pass + logits + sampler + dequantized
 
 
 def memory_budget(config: ServeConfig, dims: ModelDims, replica: ReplicaConfig, num_pages: int) -> MemoryBudget:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nmoe_backend.layers.attention import Attention, build_attention
 from nmoe_backend.layers.batch import Batch
-from nmoe_backend.layers.context import LayerContext, Weights
+from nmoe_backend.layers.context import LayerContext
 from nmoe_backend.layers.embedding import Embedding, Head
 from nmoe_backend.layers.moe import Dense, MoE, build_ffn
 from nmoe_backend.layers.norm import RMSNorm
+from nmoe_backend.layers.weights import Weights
 from nmoe_backend.models.spec import ModelSpec
 
 
@@ -37,7 +38,8 @@ class DecoderLayer:
 
 
 class DecoderModel:
-    """`weights`: one rank's tensors under their nmoe-sharded names, on its device, in the compute dtype (router fp32).
+    """`weights`: one rank's tensors under their nmoe-sharded names, on its device, in the compute dtype (router
+    fp32) or in the context's weight format.
 
     Raises ConfigError for a weight that is missing or does not fit the spec.
     """

@@ -111,11 +111,23 @@ def _dtype(config: ServeConfig) -> torch.dtype:
 
 
 def _load_model(config: ServeConfig, spec: ModelSpec, context: RankContext, dtype: torch.dtype) -> DecoderModel:
+    keep_quantized = config.device == "cuda"  # dequantised, DeepSeek-V3 would fit no GPU; memory.py counts the same way
     weights = load_rank_weights(
-        config.model_path, spec, rank=context.rank, world_size=context.world_size, device=context.device, dtype=dtype
+        config.model_path,
+        spec,
+        rank=context.rank,
+        world_size=context.world_size,
+        device=context.device,
+        dtype=dtype,
+        keep_quantized=keep_quantized,
     )
     layer_context = LayerContext.create(
-        context, spec, memory.tokens_per_step(config), dtype, switches=environ.debug_switches()
+        context,
+        spec,
+        memory.tokens_per_step(config),
+        dtype,
+        keep_quantized=keep_quantized,
+        switches=environ.debug_switches(),
     )
     return DecoderModel(spec, weights, layer_context)
 
@@ -140,8 +152,8 @@ def _free_and_total(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free, total
-    page = os.sysconf("SC_PAGE_SIZE")
-    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    total, available = memory.host_memory_bytes()
+    return available, total
 
 
 @contextmanager

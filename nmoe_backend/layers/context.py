@@ -1,16 +1,18 @@
-"""What layers are built with: the rank, its operations, the compute dtype and its end of the expert exchange."""
+"""What layers are built with: the rank, its operations, the compute dtype, the format of its weights and its end of the
+expert exchange."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from nmoe_backend.environ import DebugSwitches
 from nmoe_backend.layers.debug import NO_CHECKS, with_checks
+from nmoe_backend.layers.linear import Linear
 from nmoe_backend.layers.ops import Ops, ops_for
+from nmoe_backend.layers.quant import WeightFormat, weight_format
+from nmoe_backend.layers.weights import Weights
 from nmoe_backend.models.spec import ModelSpec, MoESpec
 from nmoe_backend.parallel.ranks import RankContext
 from nmoe_backend.parallel.rdep import Rdep, RdepShape
@@ -26,6 +28,7 @@ class LayerContext:
     rank: RankContext
     ops: Ops
     dtype: torch.dtype
+    weight_format: WeightFormat
     rdep: Rdep | None  # None: the model has no routed experts
 
     @classmethod
@@ -35,10 +38,13 @@ class LayerContext:
         spec: ModelSpec,
         max_tokens: int,
         dtype: torch.dtype,
+        *,
+        keep_quantized: bool = False,
         pass_rows: int = PASS_ROWS,
         switches: DebugSwitches = NO_CHECKS,
     ) -> LayerContext:
-        """`max_tokens`: what a rank feeds in one step at most (max_batch_size + max_prefill_tokens)."""
+        """`max_tokens`: what a rank feeds in one step at most (max_batch_size + max_prefill_tokens).
+        `keep_quantized`: what `load_rank_weights` was told."""
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"got compute dtype {dtype}; float32 and bfloat16 work. Set dtype to one of them.")
         ops = with_checks(ops_for(rank.device), switches)
@@ -56,34 +62,9 @@ class LayerContext:
                 pass_rows=pass_rows,
             )
             rdep = Rdep(rank, shape, ops.rdep)
-        return cls(rank=rank, ops=ops, dtype=dtype, rdep=rdep)
+        weights = weight_format(spec.quant, keep_quantized)
+        return cls(rank=rank, ops=ops, dtype=dtype, weight_format=weights, rdep=rdep)
 
-
-class Weights:
-    """A view of one rank's weights below a name prefix; checks what it hands out."""
-
-    def __init__(
-        self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, prefix: str = ""
-    ) -> None:
-        self._tensors = tensors
-        self._device = device
-        self._dtype = dtype
-        self._prefix = prefix
-
-    def below(self, name: str) -> Weights:
-        """The tensors whose names start with `<prefix><name>.`"""
-        return Weights(self._tensors, self._device, self._dtype, f"{self._prefix}{name}.")
-
-    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor of that name. Raises ConfigError unless it has this shape, the rank's device and the compute dtype
-        (or `dtype`)."""
-        full = self._prefix + name
-        tensor = self._tensors.get(full)
-        need = (shape, dtype or self._dtype, self._device)
-        got = None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)
-        if tensor is None or got != need:
-            raise ConfigError(
-                f"weight {full}: got {'nothing' if got is None else got}, need {need}. "
-                "Check that config.json belongs to this checkpoint."
-            )
-        return tensor
+    def linear(self, weights: Weights, in_size: int, out_size: int) -> Linear:
+        """The linear whose tensors lie below a name, in this rank's format."""
+        return self.weight_format.linear(self.ops, weights, in_size, out_size)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nmoe_backend.layers.context import LayerContext, Weights
+from nmoe_backend.layers.context import LayerContext
+from nmoe_backend.layers.weights import Weights
 
 
 class Embedding:

@@ -1,33 +1,46 @@
-"""Linear layers and the SwiGLU MLP."""
+"""Linear layers without bias, y = x W^T, one class for each way of keeping W [out, in]."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Protocol
+
+import torch
 from torch import Tensor
 
-from nmoe_backend.layers.context import LayerContext, Weights
+from nmoe_backend.kernels.block_fp8 import Fp8Blocks
+from nmoe_backend.layers.ops import Ops
+from nmoe_backend.layers.weights import Weights
 
 
-class Linear:
-    """y = x W^T with a weight [out, in] in the compute dtype."""
+class Linear(Protocol):
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out] in x's dtype"""
 
-    def __init__(self, context: LayerContext, weights: Weights, in_size: int, out_size: int) -> None:
-        self._linear = context.ops.linear
-        self.weight = weights.take("weight", out_size, in_size)
+
+class PlainLinear:
+    """W in the compute dtype."""
+
+    def __init__(self, ops: Ops, weights: Weights, in_size: int, out_size: int) -> None:
+        self._linear = ops.linear
+        self._weight = weights.take("weight", out_size, in_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]"""
-        return self._linear(x, self.weight)
+        return self._linear(x, self._weight)
 
 
-class SwiGLU:
-    """w2(silu(w1 x) * w3 x)"""
+class BlockFp8Linear:
+    """W in e4m3, with fp32 scales."""
 
-    def __init__(self, context: LayerContext, weights: Weights, hidden_size: int, intermediate_size: int) -> None:
-        self._w1 = Linear(context, weights.below("w1"), hidden_size, intermediate_size)
-        self._w2 = Linear(context, weights.below("w2"), intermediate_size, hidden_size)
-        self._w3 = Linear(context, weights.below("w3"), hidden_size, intermediate_size)
+    def __init__(self, ops: Ops, weights: Weights, in_size: int, out_size: int, block: tuple[int, int]) -> None:
+        self._linear = ops.block_fp8_linear
+        scale_shape = (-(-out_size // block[0]), -(-in_size // block[1]))
+        self._weight = Fp8Blocks(
+            weights.take("weight", out_size, in_size, dtype=torch.float8_e4m3fn),
+            weights.take("weight_scale_inv", *scale_shape, dtype=torch.float32),
+            block,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, D] -> [T, D]"""
-        return self._w2.forward(F.silu(self._w1.forward(x)) * self._w3.forward(x))
+        """[T, in] -> [T, out]"""
+        return self._linear(x, self._weight)

@@ -1,15 +1,30 @@
-"""Mixture of experts: router, routed experts over the ranks, shared expert."""
+"""Feed-forward layers: the dense SwiGLU MLP, and the mixture of experts (router, routed experts over the ranks, shared
+expert)."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nmoe_backend.layers.batch import Batch
-from nmoe_backend.layers.context import LayerContext, Weights
-from nmoe_backend.layers.linear import SwiGLU
+from nmoe_backend.layers.context import LayerContext
+from nmoe_backend.layers.weights import Weights
 from nmoe_backend.models.spec import DenseSpec, MoESpec, RouterSpec
 from nmoe_backend.types import ConfigError
+
+
+class SwiGLU:
+    """w2(silu(w1 x) * w3 x)"""
+
+    def __init__(self, context: LayerContext, weights: Weights, hidden_size: int, intermediate_size: int) -> None:
+        self._w1 = context.linear(weights.below("w1"), hidden_size, intermediate_size)
+        self._w2 = context.linear(weights.below("w2"), intermediate_size, hidden_size)
+        self._w3 = context.linear(weights.below("w3"), hidden_size, intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, D]"""
+        return self._w2.forward(F.silu(self._w1.forward(x)) * self._w3.forward(x))
 
 
 class Router:
@@ -33,7 +48,7 @@ class Router:
 
 
 class MoE:
-    """This rank's share: `w13` and `w2` hold its own experts and no other."""
+    """This rank's share: it holds its own routed experts and no other."""
 
     def __init__(self, context: LayerContext, weights: Weights, spec: MoESpec, hidden_size: int) -> None:
         if context.rdep is None:
@@ -47,8 +62,9 @@ class MoE:
         num_local = spec.router.num_experts // world_size
         self._rdep = context.rdep
         self._router = Router(context, weights.below("gate"), spec.router, hidden_size)
-        self._w13 = weights.take("w13", num_local, 2 * spec.intermediate_size, hidden_size)
-        self._w2 = weights.take("w2", num_local, hidden_size, spec.intermediate_size)
+        self._experts = context.weight_format.experts(
+            context.ops, weights, num_local, hidden_size, spec.intermediate_size
+        )
         self._shared = None
         if spec.shared_intermediate_size:
             self._shared = SwiGLU(context, weights.below("shared"), hidden_size, spec.shared_intermediate_size)
@@ -58,10 +74,10 @@ class MoE:
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]; routed and shared experts are added in fp32."""
         if batch.num_tokens == 0:  # no work of our own, but peers' tokens may want our experts
-            self._rdep.forward(x, self._no_ids, self._no_weights, self._w13, self._w2, batch.step_tokens)
+            self._rdep.forward(x, self._no_ids, self._no_weights, self._experts, batch.step_tokens)
             return x
         ids, weights = self._router.forward(x)
-        out = self._rdep.forward(x, ids, weights, self._w13, self._w2, batch.step_tokens)
+        out = self._rdep.forward(x, ids, weights, self._experts, batch.step_tokens)
         if self._shared is not None:
             out += self._shared.forward(x)
         return out.to(x.dtype)

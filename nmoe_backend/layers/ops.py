@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nmoe_backend.kernels.block_fp8 import Fp8Blocks, block_fp8_experts_reference, block_fp8_linear_reference
 from nmoe_backend.kernels.experts import experts_reference
 from nmoe_backend.kernels.kv_write import kv_write_reference
 from nmoe_backend.kernels.linear import linear_reference
@@ -31,12 +32,15 @@ class Ops:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     linear: Callable[[Tensor, Tensor], Tensor]
+    block_fp8_linear: Callable[[Tensor, Fp8Blocks], Tensor]
     rope: Callable[[Tensor, Tensor, bool], Tensor]
     kv_write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     mla_prefill: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     mla_prefill_paged: Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor, float], Tensor]
     mla_decode: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     router: Callable[[Tensor, Tensor, int, int, int, bool, float], tuple[Tensor, Tensor]]
+    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    block_fp8_experts: Callable[[Tensor, Tensor, Tensor, Fp8Blocks, Fp8Blocks], Tensor]
     rdep: RdepOps
 
 
@@ -47,16 +51,18 @@ def ops_for(device: torch.device) -> Ops:
     return Ops(
         rms_norm=rms_norm_reference,
         linear=linear_reference,
+        block_fp8_linear=block_fp8_linear_reference,
         rope=rope_reference,
         kv_write=kv_write_reference,
         mla_prefill=mla_prefill_reference,
         mla_prefill_paged=mla_prefill_paged_reference,
         mla_decode=mla_decode_reference,
         router=router_reference,
+        experts=experts_reference,
+        block_fp8_experts=block_fp8_experts_reference,
         rdep=RdepOps(
             local_ids=rdep_local_ids_reference,
             send=rdep_send_reference,
-            experts=experts_reference,
             combine=rdep_combine_reference,
         ),
     )

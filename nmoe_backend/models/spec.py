@@ -104,4 +104,5 @@ class ParamSpec:
     name: str  # "layers.3.ffn.w13"
     shape: tuple[int, ...]
     sources: tuple[str, ...]  # hub names, in order
+    dequantized: bool = False  # never kept quantised: layers need the values themselves, not only a product with them
     float32: bool = False  # always fp32 (router weight and bias, scales); otherwise the checkpoint's dtype

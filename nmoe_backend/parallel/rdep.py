@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,8 +40,16 @@ class RdepOps:
 
     local_ids: Callable[[Tensor, int, int], Tensor]
     send: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
-    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     combine: Callable[[Tensor, Tensor], Tensor]
+
+
+class Experts(Protocol):
+    """A rank's own experts, however their weights are kept."""
+
+    num_local: int
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [X, D], ids [X, K] int32 local (-1 = none), weights [X, K] fp32 -> [X, D] fp32"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,16 +104,14 @@ class Rdep:
         )
         context.publish(BUFFERS, self.buffers)
 
-    def forward(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w13: Tensor, w2: Tensor, step_tokens: int
-    ) -> Tensor:
-        """x [T, D], topk_ids [T, K] global, topk_weights [T, K] fp32, w13 and w2 of this rank -> [T, D] fp32.
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: Experts, step_tokens: int) -> Tensor:
+        """x [T, D], topk_ids [T, K] global, topk_weights [T, K] fp32, this rank's experts -> [T, D] fp32.
 
         T may be 0: the rank then serves its peers' tokens only. Raises RankError when a peer fails or is late.
         """
-        handle = self.dispatch(x, topk_ids, topk_weights, w13.shape[0], step_tokens)
+        handle = self.dispatch(x, topk_ids, topk_weights, experts.num_local, step_tokens)
         self._context.barrier()
-        self.compute(w13, w2, step_tokens)
+        self.compute(experts, step_tokens)
         self._context.barrier()
         return self.combine(handle)
 
@@ -127,7 +134,7 @@ class Rdep:
             self._ops.send(x, local_ids, topk_weights, *slots, step_tokens)
         return RdepHandle(visited=(ids >= 0).any(-1))
 
-    def compute(self, w13: Tensor, w2: Tensor, step_tokens: int) -> None:
+    def compute(self, experts: Experts, step_tokens: int) -> None:
         """Phase 2, between the barriers: this rank's experts over every row that wants one of them."""
         received = self.buffers
         wanted = (received.ids[:, :step_tokens] >= 0).any(-1)
@@ -135,8 +142,8 @@ class Rdep:
         for first in range(0, sources.shape[0], self.shape.pass_rows):
             source = sources[first : first + self.shape.pass_rows]
             token = tokens[first : first + self.shape.pass_rows]
-            rows = self._ops.experts(
-                received.payload[source, token], received.ids[source, token], received.weights[source, token], w13, w2
+            rows = experts.forward(
+                received.payload[source, token], received.ids[source, token], received.weights[source, token]
             )
             self._give_back(source, token, rows)
 

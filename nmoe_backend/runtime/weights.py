@@ -1,7 +1,8 @@
 """Weights of one rank: from either checkpoint form to tensors on its device, under their nmoe-sharded names.
 
 Reads only the bytes of this rank's experts and of the replicated tensors, one source at a time: the host never holds
-more than one source tensor beside the result. fp8 blocks become the compute dtype here.
+more than one source tensor beside the result. Quantised weights stay as they are stored, or become the compute dtype
+here, as the caller says.
 """
 
 from __future__ import annotations
@@ -55,24 +56,31 @@ def load_rank_weights(
     world_size: int,
     device: torch.device | str,
     dtype: torch.dtype,
+    keep_quantized: bool = False,
     read: Reader = read_bytes,
 ) -> dict[str, Tensor]:
     """Every parameter of the rank by name, in `dtype` (fp32 where ParamSpec says so), contiguous, on `device`.
 
-    Quantised weights are dequantised, and their scales are not in the result. Raises ConfigError, listing everything
-    that is missing, unexpected, misshapen or of a wrong dtype, before the first tensor is read.
+    With `keep_quantized` a quantised weight stays as it is stored, with its fp32 scales under `<name>_scale_inv`
+    (linears) or `<name>_scale` (stacked experts), unless its ParamSpec says `dequantized`. Otherwise all are
+    dequantised, and no scales are in the result. Raises ConfigError, listing everything that is missing,
+    unexpected, misshapen or of a wrong dtype, before the first tensor is read.
     """
     checkpoint = open_rank(Path(model_path), spec, rank, world_size)
     if checkpoint.ignored:
         _LOG.info("rank %d ignores %d tensors of MTP layers: %s", rank, len(checkpoint.ignored), checkpoint.ignored)
     by_name = {param.name: param for param in checkpoint.params}
-    scales = {scale_name(name) for name in by_name} & by_name.keys()
+    scale_of = {name: by_name[scale_name(name)] for name in by_name if scale_name(name) in by_name}
+    kept = {name for name in scale_of if keep_quantized and not by_name[name].dequantized}
+    left_out = {scale.name for name, scale in scale_of.items() if name not in kept}
     weights: dict[str, Tensor] = {}
     for name, param in by_name.items():
-        if name in scales:
+        if name in left_out:
             continue
-        result = torch.empty(param.shape, dtype=torch.float32 if param.float32 else dtype, device=device)
-        _fill(result, checkpoint, spec, param, by_name.get(scale_name(name)), read)
+        stored = _TORCH_DTYPES[checkpoint.pieces(param)[0].dtype]
+        result_dtype = torch.float32 if param.float32 else stored if name in kept else dtype
+        result = torch.empty(param.shape, dtype=result_dtype, device=device)
+        _fill(result, checkpoint, spec, param, None if name in kept else scale_of.get(name), read)
         weights[name] = result
     return weights
 
@@ -85,7 +93,10 @@ def _fill(
     scale: ParamSpec | None,
     read: Reader,
 ) -> None:
-    """Copy the sources, one below the other, into `result`; source i of a stack is rows [i * R, (i + 1) * R)."""
+    """Copy the sources, one below the other, into `result`; source i of a stack is rows [i * R, (i + 1) * R).
+
+    `scale`: the parameter with the scales of weights that are to be dequantised on the way.
+    """
     rows = result.view(len(param.sources), *source_shape(param))
     scale_pieces = checkpoint.pieces(scale) if scale is not None else [None] * len(param.sources)
     for row, piece, scale_piece in zip(rows, checkpoint.pieces(param), scale_pieces, strict=True):

@@ -6,7 +6,7 @@ written out here on its own, apart from the loader's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from nmoe_backend.models import load_spec
 from nmoe_backend.models.deepseek_v3 import spec_from_config
 from nmoe_backend.models.spec import ModelSpec
 from nmoe_backend.parallel.ranks import RankContext, RankGroup
+from nmoe_backend.parallel.rdep import Rdep
 from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.runtime.worker import Worker
@@ -141,6 +142,33 @@ def rank_weights(model: torch.nn.Module, rank: int, world_size: int, dtype: torc
     return weights
 
 
+def weight_bytes_of(model: DecoderModel) -> int:
+    """Bytes of storage behind every tensor that a rank's model reaches, exchange buffers and rope tables aside."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in _tensors(model, set())
+        if not tensor.is_complex() and tensor.numel()
+    }
+    return sum(storages.values())
+
+
+def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor that is reachable from an object of ours through attributes and containers."""
+    if id(value) in seen or isinstance(value, Rdep):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif type(value).__module__.startswith("nmoe_backend.") and hasattr(value, "__dict__"):
+        yield from _tensors(vars(value), seen)
+
+
 @dataclass
 class Sampled:
     token_ids: Tensor
@@ -207,6 +235,7 @@ class Replica:
         timeout_s: float = 60.0,
         pass_rows: int = 512,
         limits: EngineLimits | None = None,
+        keep_quantized: bool = False,
     ) -> None:
         self.spec = load_spec(source) if isinstance(source, Path) else hf_spec(source)
         self.limits = limits or limits_for(world_size, page_size)
@@ -216,8 +245,10 @@ class Replica:
         self.layer_contexts, self.workers, self.weights = [], [], []
         max_tokens = self.limits.max_batch_size + self.limits.max_prefill_tokens
         for context, sampler in zip(self.contexts, self.samplers, strict=True):
-            layer_context = LayerContext.create(context, self.spec, max_tokens, dtype, pass_rows=pass_rows)
-            weights = self._load(source, context, dtype)
+            layer_context = LayerContext.create(
+                context, self.spec, max_tokens, dtype, keep_quantized=keep_quantized, pass_rows=pass_rows
+            )
+            weights = self._load(source, context, dtype, keep_quantized)
             decoder = DecoderModel(self.spec, weights, layer_context)
             cache = KVCache(self.spec, self.limits.num_pages, self.page_size, dtype, context.device)
             self.layer_contexts.append(layer_context)
@@ -226,10 +257,15 @@ class Replica:
         self._threads = ThreadPoolExecutor(world_size)
         self._step_id = 0
 
-    def _load(self, source: torch.nn.Module | Path, context: RankContext, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _load(
+        self, source: torch.nn.Module | Path, context: RankContext, dtype: torch.dtype, keep_quantized: bool
+    ) -> dict[str, Tensor]:
         ranks = {"rank": context.rank, "world_size": context.world_size}
         if isinstance(source, Path):
-            return load_rank_weights(source, self.spec, **ranks, device=context.device, dtype=dtype)
+            device = context.device
+            return load_rank_weights(
+                source, self.spec, **ranks, device=device, dtype=dtype, keep_quantized=keep_quantized
+            )
         weights = rank_weights(source, dtype=dtype, **ranks)
         return {name: tensor.to(context.device) for name, tensor in weights.items()}
 

@@ -57,9 +57,12 @@ def run_python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def rank_weights(path: Path, rank: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def rank_weights(
+    path: Path, rank: int, dtype: torch.dtype = torch.float32, *, keep: bool = False
+) -> dict[str, torch.Tensor]:
     spec = models.load_spec(path)
-    return load_rank_weights(path, spec, rank=rank, world_size=WORLD, device="cpu", dtype=dtype)
+    ranks = {"rank": rank, "world_size": WORLD}
+    return load_rank_weights(path, spec, **ranks, device="cpu", dtype=dtype, keep_quantized=keep)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -75,9 +78,10 @@ def converted(checkpoints, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_rank_loads_bit_for_bit_what_the_hubs_form_gives(checkpoints, converted, dtype, rank):
-    expected, got = rank_weights(checkpoints[dtype], rank), rank_weights(converted[dtype], rank)
+def test_every_rank_loads_bit_for_bit_what_the_hubs_form_gives(checkpoints, converted, dtype, keep, rank):
+    expected, got = (rank_weights(form[dtype], rank, keep=keep) for form in (checkpoints, converted))
     assert list(got) == list(expected)
     assert all(torch.equal(got[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in expected)
 

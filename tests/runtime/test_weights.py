@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nmoe_backend import models
-from nmoe_backend.models.checkpoint import checkpoint_bytes, open_rank
+from nmoe_backend.models.checkpoint import checkpoint_bytes, open_rank, scale_name
 from nmoe_backend.runtime.weights import load_rank_weights, read_bytes
 from nmoe_backend.safetensors_header import TensorInfo
 from nmoe_backend.types import ConfigError
@@ -90,6 +90,47 @@ def test_fp8_weights_come_out_dequantised_block_by_block(checkpoints):
     assert torch.equal(weights["layers.1.ffn.w13"][0], torch.cat(parts))
 
 
+def quantised_names(path: Path) -> set[str]:
+    """Parameters of a rank that have scales."""
+    names = {param.name for param in models.parameters(models.load_spec(path), 0, WORLD)}
+    return {name for name in names if scale_name(name) in names}
+
+
+def test_kept_weights_are_the_bytes_of_the_file_with_their_scales_beside_them(checkpoints):
+    hub, weights = hub_tensors(checkpoints["fp8"]), load(checkpoints["fp8"], rank=5, keep_quantized=True)
+    pairs = {
+        "layers.1.attn.wq_b.weight": "model.layers.1.self_attn.q_b_proj.weight",
+        "layers.1.attn.wq_b.weight_scale_inv": "model.layers.1.self_attn.q_b_proj.weight_scale_inv",
+        "layers.0.ffn.w2.weight": "model.layers.0.mlp.down_proj.weight",
+        "layers.1.ffn.shared.w1.weight_scale_inv": "model.layers.1.mlp.shared_experts.gate_proj.weight_scale_inv",
+    }
+    for ours, theirs in pairs.items():
+        assert weights[ours].dtype == hub[theirs].dtype
+        assert torch.equal(weights[ours].float(), hub[theirs].float())
+    for suffix, ours in (("weight", "w13"), ("weight_scale_inv", "w13_scale")):
+        parts = [hub[f"model.layers.2.mlp.experts.5.{proj}.{suffix}"].float() for proj in ("gate_proj", "up_proj")]
+        assert torch.equal(weights[f"layers.2.ffn.{ours}"][0].float(), torch.cat(parts))
+
+
+def test_kept_weights_are_one_byte_each_but_for_wkv_b(checkpoints):
+    """wkv_b is what absorbed attention needs in the compute dtype."""
+    path = checkpoints["fp8"]
+    plain, weights = load(path, dtype=torch.bfloat16), load(path, dtype=torch.bfloat16, keep_quantized=True)
+    kept = {name for name in quantised_names(path) if "wkv_b" not in name}
+    assert {name for name, tensor in weights.items() if tensor.dtype == torch.float8_e4m3fn} == kept
+    assert weights.keys() == plain.keys() | {scale_name(name) for name in kept}
+    assert all(weights[name].nbytes == weights[name].numel() and weights[name].is_contiguous() for name in kept)
+    assert all(weights[scale_name(name)].dtype == torch.float32 for name in kept)
+    assert all(torch.equal(weights[name], plain[name]) for name in plain.keys() - kept)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_a_checkpoint_that_is_not_quantised_has_nothing_to_keep(checkpoints, form):
+    plain, weights = load(checkpoints[form]), load(checkpoints[form], keep_quantized=True)
+    assert weights.keys() == plain.keys()
+    assert all(torch.equal(weights[name], plain[name]) for name in plain)
+
+
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_everything_is_cast_but_the_routers_parameters_stay_float32(checkpoints, form, dtype):
@@ -100,8 +141,8 @@ def test_everything_is_cast_but_the_routers_parameters_stay_float32(checkpoints,
     assert float32 == (routers if dtype == torch.bfloat16 else set(weights))
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "fp8"])
-def test_only_this_ranks_experts_are_read_and_each_byte_once(checkpoints, form):
+@pytest.mark.parametrize(("form", "keep"), [("bfloat16", False), ("fp8", False), ("fp8", True)])
+def test_only_this_ranks_experts_are_read_and_each_byte_once(checkpoints, form, keep):
     read: Counter[tuple[Path, int]] = Counter()
 
     def counting(info: TensorInfo) -> bytearray:
@@ -109,7 +150,7 @@ def test_only_this_ranks_experts_are_read_and_each_byte_once(checkpoints, form):
         return read_bytes(info)
 
     path = checkpoints[form]
-    load(path, rank=6, read=counting)
+    load(path, rank=6, read=counting, keep_quantized=keep)
     checkpoint = open_rank(path, models.load_spec(path), 6, WORLD)
     mine = {(i.file, i.begin): i.num_bytes for i in checkpoint.tensors.values()}
     assert dict(read) == mine

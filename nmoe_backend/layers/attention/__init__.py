@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from nmoe_backend.layers.attention.mla import MLA
 from nmoe_backend.layers.attention.spec import Attention, CacheSpec
-from nmoe_backend.layers.context import LayerContext, Weights
+from nmoe_backend.layers.context import LayerContext
 from nmoe_backend.layers.rope import rope_table
+from nmoe_backend.layers.weights import Weights
 from nmoe_backend.models.spec import MLASpec, ModelSpec
 
 __all__ = ["Attention", "CacheSpec", "build_attention", "cache_specs"]

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from nmoe_backend.layers.attention.spec import CacheSpec
 from nmoe_backend.layers.batch import Batch
-from nmoe_backend.layers.context import LayerContext, Weights
-from nmoe_backend.layers.linear import Linear
+from nmoe_backend.layers.context import LayerContext
 from nmoe_backend.layers.norm import RMSNorm
+from nmoe_backend.layers.weights import Weights
 from nmoe_backend.models.spec import MLASpec
 
 
@@ -36,14 +36,15 @@ class MLA:
         self._rope_table = rope_table
         heads, qk_dim = spec.num_heads, spec.qk_nope_head_dim + spec.qk_rope_head_dim
         kv_dim = spec.qk_nope_head_dim + spec.v_head_dim
-        self._wq_a = Linear(context, weights.below("wq_a"), hidden_size, spec.q_lora_rank)
+        self._wq_a = context.linear(weights.below("wq_a"), hidden_size, spec.q_lora_rank)
         self._q_norm = RMSNorm(context, weights.below("q_norm"), spec.q_lora_rank, spec.latent_norm_eps)
-        self._wq_b = Linear(context, weights.below("wq_b"), spec.q_lora_rank, heads * qk_dim)
-        self._wkv_a = Linear(context, weights.below("wkv_a"), hidden_size, spec.kv_lora_rank + spec.qk_rope_head_dim)
+        self._wq_b = context.linear(weights.below("wq_b"), spec.q_lora_rank, heads * qk_dim)
+        self._wkv_a = context.linear(weights.below("wkv_a"), hidden_size, spec.kv_lora_rank + spec.qk_rope_head_dim)
         self._kv_norm = RMSNorm(context, weights.below("kv_norm"), spec.kv_lora_rank, spec.latent_norm_eps)
-        wkv_b = Linear(context, weights.below("wkv_b"), spec.kv_lora_rank, heads * kv_dim)
-        self._w_kv_b = wkv_b.weight.view(heads, kv_dim, spec.kv_lora_rank)  # per head: W_UK's rows, then W_UV's
-        self._wo = Linear(context, weights.below("wo"), heads * spec.v_head_dim, hidden_size)
+        # In the compute dtype in every format: the absorbed form needs the values themselves, in every decode step.
+        wkv_b = weights.take("wkv_b.weight", heads * kv_dim, spec.kv_lora_rank)
+        self._w_kv_b = wkv_b.view(heads, kv_dim, spec.kv_lora_rank)  # per head: W_UK's rows, then W_UV's
+        self._wo = context.linear(weights.below("wo"), heads * spec.v_head_dim, hidden_size)
 
     @staticmethod
     def cache_spec(spec: MLASpec) -> CacheSpec:
