@@ -51,9 +51,10 @@ def apply_penalties(
 def token_weights(logits: Tensor, temperature: Tensor) -> Tensor:
     """[N, V] float64 weights exp((logit - max) / temperature): 1 for the most likely, 0 for the banned.
 
-    Subtracting first keeps the smallest temperatures finite. A row of -inf only has weight 0 everywhere.
+    Subtracting first keeps the smallest temperatures finite. A row of -inf only has weight 0 everywhere. Logits of +inf
+    (a tiny repetition penalty overflows fp32) are equally likely: an infinite weight would put the draw past the end.
     """
-    wide = logits.to(torch.float64)
+    wide = logits.to(torch.float64).clamp(max=torch.finfo(torch.float32).max)
     top = wide.amax(dim=1, keepdim=True)
     shifted = wide - torch.where(top.isinf(), torch.zeros_like(top), top)
     return (shifted / temperature[:, None]).exp()

@@ -256,6 +256,17 @@ def test_extreme_logits_and_penalties_still_give_a_token_in_range():
     assert 0 <= sample_one(make_sampler(params, outputs=(1, 2, 3)), logits, 7) < VOCAB
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("penalty", [1e-45, 1e-38, 3e38])  # FP32 tensors carry subnormals too
+def test_a_penalty_that_overflows_still_draws_from_the_vocabulary(penalty, top_p):
+    params = SamplingParams(repetition_penalty=penalty, top_p=top_p)
+    for logits in (torch.full((1, VOCAB), 5.0), torch.full((1, VOCAB), -5.0), torch.zeros(1, VOCAB)):
+        for position in range(4, 12):
+            assert 0 <= sample_one(make_sampler(params), logits, position) < VOCAB
+    favoured = {sample_one(make_sampler(params), torch.full((1, VOCAB), 5.0), n) for n in range(4, 40)}
+    assert favoured == set(PROMPT) if penalty < 1 else favoured.isdisjoint(PROMPT)
+
+
 sampling_params = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.5, 1.0]),
