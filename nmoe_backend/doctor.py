@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from nmoe_backend import doctor_gpu, doctor_host, memory
+from nmoe_backend import doctor_checkpoint, doctor_gpu, doctor_host, memory
 from nmoe_backend.config import ServeConfig
 from nmoe_backend.findings import Finding, fail, ok
 from nmoe_backend.types import ConfigError
@@ -25,7 +25,7 @@ def examine(config: ServeConfig) -> list[Finding]:
         doctor_host.check_python(sys.version_info[:2]),
         *doctor_host.check_packages(doctor_host.package_versions(), config.device),
         doctor_host.check_server(config.torch_extensions_dir),
-        *doctor_host.check_checkpoint(config),
+        *doctor_checkpoint.check_checkpoint(config),
         *doctor_host.check_ports(config, doctor_host.port_is_free),
         doctor_host.check_shared_memory(doctor_host.shared_memory_bytes()),
         doctor_host.check_writable(config.torch_extensions_dir),
@@ -41,9 +41,10 @@ def load_and_examine(path: str | Path, overrides: dict[str, object]) -> list[Fin
     """Like `examine`, with a config that does not load as a finding of its own."""
     try:
         config = ServeConfig.from_toml(path, overrides)
+        findings = examine(config)
     except ConfigError as error:
         return [fail("config", str(error), "Correct the TOML or the model folder as the message says.")]
-    return [ok("config", f"{path}: {config.model_path.name} on {config.device}, {_ranks(config)}"), *examine(config)]
+    return [ok("config", f"{path}: {config.model_path.name} on {config.device}, {_ranks(config)}"), *findings]
 
 
 def report(findings: Iterable[Finding]) -> str:

@@ -1,9 +1,8 @@
-"""The doctor's checks that need no GPU: Python, packages, server, checkpoint, ports, memory, write access."""
+"""The doctor's checks of the host: Python, packages, server, ports, memory, write access."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import socket
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from nmoe_backend import memory, tritonserver
 from nmoe_backend.config import Device, ReplicaConfig, ServeConfig, pages_per_sequence
-from nmoe_backend.findings import Finding, fail, ok, warn
+from nmoe_backend.findings import Finding, fail, fail_from, ok, warn
 from nmoe_backend.types import ConfigError
 
 MEASURED: Mapping[str, str] = {"torch": "2.11", "triton": "3.6"}  # the versions under which figures were taken
@@ -20,6 +19,7 @@ _NEEDED = ("safetensors", "tokenizers", "jinja2")
 _SHM_NEEDED = 64 * 2**20  # the Python backend's regions of four models, before they grow
 _SHM_COMFORTABLE = 256 * 2**20
 MB = 2**20
+ANY_PORT = 0  # the system picks a free one
 
 
 def package_versions() -> dict[str, str | None]:
@@ -90,53 +90,8 @@ def check_server(cache: Path) -> Finding:
     try:
         server = tritonserver.find_server(cache)
     except ConfigError as error:
-        message, _, remedy = str(error).rpartition(". ")
-        return fail("tritonserver", message, remedy)
+        return fail_from("tritonserver", error)
     return ok("tritonserver", server.description)
-
-
-def check_checkpoint(config: ServeConfig) -> list[Finding]:
-    """Every shard that the index names is there and the sizes add up; the tokenizer is there."""
-    folder = config.model_path
-    findings = [_check_shards(folder, replica) for replica in config.replicas]
-    findings = list(dict.fromkeys(findings))
-    if (folder / "tokenizer.json").is_file():
-        findings.append(ok("tokenizer", "tokenizer.json"))
-    else:
-        remedy = "Copy tokenizer.json and tokenizer_config.json from the model's hub page into the folder."
-        findings.append(fail("tokenizer", f"{folder} has no tokenizer.json", remedy))
-    return findings
-
-
-def _check_shards(folder: Path, replica: ReplicaConfig) -> Finding:
-    sharded = [f"model{rank}-mp{replica.world_size}.safetensors" for rank in range(replica.world_size)]
-    index = folder / "model.safetensors.index.json"
-    total_size = None
-    if (folder / sharded[0]).is_file():
-        names = sharded
-    elif index.is_file():
-        try:
-            values = json.loads(index.read_text(encoding="utf-8"))
-            names = sorted(set(values["weight_map"].values()))
-            total_size = values.get("metadata", {}).get("total_size")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return fail("checkpoint", f"{index} is not an index: {error!r}", "Download the file again.")
-    elif (folder / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    else:
-        text = f"{folder} has neither model.safetensors(.index.json) nor {sharded[0]}"
-        return fail(
-            "checkpoint", text, "Point model_path at a checkpoint, or convert one for this world size: nmoe convert."
-        )
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        text = f"{len(missing)} of {len(names)} shards are missing in {folder}: {', '.join(missing[:4])}"
-        return fail("checkpoint", text, "Download the missing files; a checkpoint is loaded whole or not at all.")
-    size = sum((folder / name).stat().st_size for name in names)
-    if isinstance(total_size, int) and size < total_size:
-        text = f"the shards in {folder} hold {size / memory.GB:.2f} GB of {total_size / memory.GB:.2f} GB"
-        return fail("checkpoint", text, "The download is incomplete: resume it.")
-    return ok("checkpoint", f"{len(names)} file(s), {size / memory.GB:.2f} GB")
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -153,6 +108,9 @@ def port_is_free(host: str, port: int) -> bool:
 
 def check_ports(config: ServeConfig, is_free: Callable[[str, int], bool]) -> list[Finding]:
     """The three ports of the server must be free; the OpenAI front end's is opened later, by its own process."""
+    if not is_free(config.host, ANY_PORT):
+        remedy = "Set host to an address of this machine: 127.0.0.1, or 0.0.0.0 for all of them (--host)."
+        return [fail("host", f"cannot listen on any port of {config.host!r}", remedy)]
     ports = {"http_port": config.http_port, "grpc_port": config.grpc_port, "metrics_port": config.metrics_port}
     taken = {name: port for name, port in ports.items() if not is_free(config.host, port)}
     findings = [
@@ -222,8 +180,7 @@ def check_budget(config: ServeConfig, dims: memory.ModelDims, replica: ReplicaCo
     try:
         num_pages = memory.resolve_num_pages(config, dims, replica, available=available, loaded=False)
     except ConfigError as error:
-        message, _, remedy = str(error).rpartition(". ")
-        return [fail(name, message, remedy)]
+        return [fail_from(name, error)]
     budget = memory.memory_budget(config, dims, replica, num_pages)
     text = f"{budget.describe()}, available {available / memory.GB:.2f} GB"
     if budget.total > available:

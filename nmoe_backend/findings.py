@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nmoe_backend.types import ConfigError
+
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -31,3 +33,9 @@ def warn(name: str, message: str, remedy: str) -> Finding:
 def fail(name: str, message: str, remedy: str) -> Finding:
     """Cannot work."""
     return Finding(name, "fail", message, remedy)
+
+
+def fail_from(name: str, error: ConfigError) -> Finding:
+    """Cannot work, as an error says whose last sentence is what to do."""
+    message, _, remedy = str(error).rpartition(". ")
+    return fail(name, message, remedy)

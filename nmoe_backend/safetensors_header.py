@@ -95,9 +95,9 @@ def read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(file_name) for name, file_name in weight_map.items()}
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}.") from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}. Fetch it again.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not an index with a weight_map ({error!r}); fetch it again.") from error
+        raise ConfigError(f"{path} is not an index with a weight_map ({error!r}). Fetch it again.") from error
 
 
 def _tensor_info(path: Path, entry: Mapping[str, object], data_start: int) -> TensorInfo:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from nmoe_backend.safetensors_header import encode_header
+
 # config.json of deepseek-ai/DeepSeek-V3, the values that decide shapes and sizes
 DEEPSEEK_V3: Mapping[str, object] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -97,7 +99,7 @@ def write_model_folder(
         (path / "generation_config.json").write_text(json.dumps(generation))
     shard = "model-00001-of-00001.safetensors"
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
-    (path / shard).write_bytes(b"")
+    (path / shard).write_bytes(encode_header({}))
     (path / "tokenizer.json").write_text("{}")
     return path
 

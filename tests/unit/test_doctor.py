@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from nmoe_backend import doctor, doctor_gpu, doctor_host, memory
+from nmoe_backend import doctor, doctor_checkpoint, doctor_gpu, doctor_host, memory
 from nmoe_backend.config import ServeConfig
 from nmoe_backend.doctor_gpu import Gpu, GpuFacts
 from nmoe_backend.findings import Finding
+from nmoe_backend.safetensors_header import encode_header
 from tests.model_folder import DEEPSEEK_V3, write_model_folder, write_toml
 
 GB = memory.GB
@@ -90,37 +91,57 @@ def test_missing_packages_name_the_lock() -> None:
 def test_a_missing_shard_is_named(tiny: ServeConfig) -> None:
     index = tiny.model_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors", "b": "gone.safetensors"}}))
-    assert_fails(doctor_host.check_checkpoint(tiny)[0], "1 of 2 shards are missing .*: gone.safetensors", "Download")
+    assert_fails(
+        doctor_checkpoint.check_checkpoint(tiny)[0], "1 of 2 shards are missing .*: gone.safetensors", "Download"
+    )
 
 
-def test_a_truncated_download_is_found_by_its_size(tiny: ServeConfig) -> None:
-    shard = "model-00001-of-00001.safetensors"
-    index = tiny.model_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 100}, "weight_map": {"a": shard}}))
-    (tiny.model_path / shard).write_bytes(b"x" * 99)
-    assert_fails(doctor_host.check_checkpoint(tiny)[0], "hold 0.00 GB of 0.00 GB", "resume")
-    (tiny.model_path / shard).write_bytes(b"x" * 108)
-    assert doctor_host.check_checkpoint(tiny)[0].status == "ok"
+@pytest.mark.parametrize("kept", [0, 7, 30, -1])
+def test_a_truncated_file_is_named(tiny: ServeConfig, kept: int) -> None:
+    shard = tiny.model_path / "model-00001-of-00001.safetensors"
+    whole = encode_header({"a": ("F32", (2, 2))}) + bytes(16)
+    shard.write_bytes(whole[:kept])
+    assert_fails(doctor_checkpoint.check_checkpoint(tiny)[0], shard.name, "fetch it again")
+    shard.write_bytes(whole)
+    assert doctor_checkpoint.check_checkpoint(tiny)[0].status == "ok"
 
 
-def test_the_sharded_form_needs_a_file_for_every_rank(tiny: ServeConfig) -> None:
-    (tiny.model_path / "model0-mp2.safetensors").touch()
-    assert_fails(doctor_host.check_checkpoint(tiny)[0], "1 of 2 .*model1-mp2", "Download")
-    (tiny.model_path / "model1-mp2.safetensors").touch()
-    assert doctor_host.check_checkpoint(tiny)[0].status == "ok"
+def shard_for(folder: Path, world_size: int, ranks: range) -> None:
+    for rank in ranks:
+        (folder / f"model{rank}-mp{world_size}.safetensors").write_bytes(encode_header({}))
+
+
+def test_the_sharded_form_needs_a_file_for_every_rank_and_the_replicas_world_size(tiny: ServeConfig) -> None:
+    (tiny.model_path / "model.safetensors.index.json").unlink()
+    shard_for(tiny.model_path, 4, range(4))
+    assert_fails(doctor_checkpoint.check_checkpoint(tiny)[0], "for 4 ranks, the replica has 2", "--world 2")
+    shard_for(tiny.model_path, 2, range(1))
+    assert_fails(doctor_checkpoint.check_checkpoint(tiny)[0], "1 of 2 .*model1-mp2", "Download")
+    shard_for(tiny.model_path, 2, range(2))
+    assert doctor_checkpoint.check_checkpoint(tiny)[0].status == "ok"
+
+
+def test_a_folder_with_both_forms_fails_as_it_does_at_load(tiny: ServeConfig) -> None:
+    shard_for(tiny.model_path, 2, range(2))
+    assert_fails(doctor_checkpoint.check_checkpoint(tiny)[0], "hub's form .* and an nmoe-sharded one", "of its own")
 
 
 def test_a_folder_without_weights_or_tokenizer_fails(tiny: ServeConfig) -> None:
     (tiny.model_path / "model.safetensors.index.json").unlink()
     (tiny.model_path / "tokenizer.json").unlink()
-    shards, tokenizer = doctor_host.check_checkpoint(tiny)
-    assert_fails(shards, "neither model.safetensors", "nmoe convert")
-    assert_fails(tokenizer, "no tokenizer.json", "Copy tokenizer.json")
+    shards, tokenizer = doctor_checkpoint.check_checkpoint(tiny)
+    assert_fails(shards, "has neither model.safetensors", "Point model_path")
+    assert_fails(tokenizer, "cannot read .*tokenizer.json", "Copy tokenizer.json")
+
+
+def test_a_tokenizer_that_is_no_json_fails(tiny: ServeConfig) -> None:
+    (tiny.model_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    assert_fails(doctor_checkpoint.check_checkpoint(tiny)[1], "not valid JSON", "Copy tokenizer.json")
 
 
 def test_a_broken_index_fails(tiny: ServeConfig) -> None:
     (tiny.model_path / "model.safetensors.index.json").write_text("[]")
-    assert_fails(doctor_host.check_checkpoint(tiny)[0], "is not an index", "Download the file again")
+    assert_fails(doctor_checkpoint.check_checkpoint(tiny)[0], "is not an index", "Fetch it again")
 
 
 def test_a_port_in_use_fails_with_the_flag_that_changes_it(tmp_path: Path) -> None:
@@ -132,6 +153,13 @@ def test_a_port_in_use_fails_with_the_flag_that_changes_it(tmp_path: Path) -> No
         findings = doctor_host.check_ports(load(tmp_path, f"grpc_port = {port}"), lambda _, p: p != port)
         assert_fails(findings[0], f"cannot listen on 127.0.0.1:{port}", "--grpc-port N")
     assert doctor_host.port_is_free("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])  # TEST-NET-1: nobody's address
+def test_a_host_that_is_not_ours_is_one_finding_about_the_host(tmp_path: Path, host: str) -> None:
+    findings = doctor_host.check_ports(load(tmp_path, f'host = "{host}"'), doctor_host.port_is_free)
+    assert len(findings) == 1
+    assert_fails(findings[0], f"cannot listen on any port of '{host}'", "127.0.0.1, or 0.0.0.0")
 
 
 def test_a_taken_openai_port_is_only_a_warning(tiny: ServeConfig) -> None:
@@ -251,6 +279,15 @@ def test_a_config_that_does_not_load_is_a_finding(tmp_path: Path, capsys: pytest
     assert doctor.main(["--config", str(tmp_path / "c.toml")]) == 1
     output = capsys.readouterr().out
     assert "fail  config: " in output and "Did you mean 'max_seq_len'" in output and "-> Correct the TOML" in output
+
+
+def test_a_model_config_that_memory_cannot_be_computed_from_is_a_finding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_model_folder(tmp_path / "model", hidden_size="wide")
+    write_toml(tmp_path / "c.toml", folder, 'torch_extensions_dir = "cache"')
+    assert doctor.main(["--config", str(tmp_path / "c.toml")]) == 1
+    assert "hidden_size is 'wide', needs an integer" in capsys.readouterr().out
 
 
 def test_a_warning_is_no_failure() -> None:
