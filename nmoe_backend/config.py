@@ -30,6 +30,7 @@ PAGE_SIZES = (16, 32, 64)  # the kernels' tile heights
 _TOP_TABLES = ("kv_layout", "replicas", "generation", "benchmark")
 _KV_KEYS = ("kv_lora_rank", "qk_rope_head_dim", "num_layers", "page_size")
 _REPLICA_KEYS = ("replica_id", "gpus", "role")
+_MAX_FP32 = 3.4028234663852886e38  # the type that a penalty is applied in
 _PORTS = ("http_port", "grpc_port", "metrics_port", "openai_port")
 
 
@@ -298,7 +299,11 @@ def _generation(top: Table, model: Table, model_path: Path, vocab_size: int) -> 
         ),
         top_k=toml.integer("top_k", hub.integer("top_k", 0)),
         repetition_penalty=toml.number(
-            "repetition_penalty", hub.number("repetition_penalty", 1.0, low=0.0, open_low=True), low=0.0, open_low=True
+            "repetition_penalty",
+            hub.number("repetition_penalty", 1.0, low=0.0, high=_MAX_FP32, open_low=True),
+            low=0.0,
+            high=_MAX_FP32,
+            open_low=True,
         ),
         max_tokens=_max_tokens(toml, hub),
         eos_token_ids=_eos_token_ids(toml, (hub, model), vocab_size),

@@ -34,6 +34,16 @@ _POLL_S = 0.1
 _REPORTED_LINES = 25
 _DRAIN_S = EXIT_TIMEOUT_S + 15.0  # Triton's own bound, and time for finalize
 _OVERRIDES = ("http_port", "grpc_port", "metrics_port", "host", "model_path", "torch_extensions_dir")
+_OURS = {  # tritonserver's flags that we must know to watch the server -> our option for the same
+    "--http-port": "--http-port",
+    "--grpc-port": "--grpc-port",
+    "--metrics-port": "--metrics-port",
+    "--http-address": "--host",
+    "--grpc-address": "--host",
+    "--metrics-address": "--host",
+    "--model-repository": "--model-repository",
+    "--model-store": "--model-repository",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +116,9 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         kind = int if key.endswith("_port") else str
         parser.add_argument(f"--{key.replace('_', '-')}", type=kind, help=f"instead of the TOML's {key}")
     values = parser.parse_args(own)
+    for flag in (text.partition("=")[0] for text in flags):
+        if flag in _OURS:
+            parser.error(f"got {flag} behind --, where it would bypass the configuration. Put {_OURS[flag]} before --.")
     overrides = {key: getattr(values, key) for key in _OVERRIDES if getattr(values, key) is not None}
     for key in ("model_path", "torch_extensions_dir"):
         if key in overrides:  # a path that somebody types is relative to where they stand
@@ -174,13 +187,14 @@ def effective_config(options: Options, run_dir: Path) -> ServeConfig:
 def ready_text(config: ServeConfig) -> str:
     """The ready line and two commands that work when pasted."""
     base = f"http://{http_probe.url_host(config.host)}:{config.http_port}/v2/models"
-    body = json.dumps({"text_input": PROMPT, "max_tokens": 20})
+    request = {"text_input": PROMPT, "max_tokens": 20}
+    whole, stream = json.dumps(request), json.dumps({**request, "stream": True})
     return "\n".join(
         [
             f"ready: HTTP {config.http_port}, gRPC {config.grpc_port}, metrics {config.metrics_port} on {config.host}. "
             "Ctrl-C drains and stops.",
-            f"  curl -s {base}/ensemble/generate -d '{body}'",
-            f"  curl -sN {base}/deepseek_v3/generate_stream -d '{body}'",
+            f"  curl -s {base}/ensemble/generate -d '{whole}'",
+            f"  curl -sN {base}/deepseek_v3/generate_stream -d '{stream}'",
         ]
     )
 

@@ -1,8 +1,10 @@
-"""What each of our Python-backend models does first: check NumPy, find the TOML."""
+"""What each of our Python-backend models does first: print line by line, check NumPy, find the TOML."""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +22,7 @@ def load_config(args: Mapping[str, str], environment: Mapping[str, str] | None =
 
     A relative path in config.pbtxt is relative to the model's folder.
     """
+    print_lines_at_once()
     check_numpy(np.__version__)
     path = environ.config_path(environment)
     if path is None:
@@ -32,6 +35,12 @@ def load_config(args: Mapping[str, str], environment: Mapping[str, str] | None =
                 f"config.pbtxt is {value!r}, need the path of a TOML such as configs/tiny.toml. Set one of them."
             )
     return ServeConfig.from_toml(path.resolve())
+
+
+def print_lines_at_once() -> None:
+    """The stub ignores PYTHONUNBUFFERED, and its output is a pipe: progress would come out when the server ends."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
 
 
 def check_numpy(version: str) -> None:

@@ -83,7 +83,7 @@ def server_command(
     if config.device == "cpu":
         argv.append("--pinned-memory-pool-byte-size=0")
     argv += extra_flags
-    values = {environ.CONFIG_VARIABLE: str(config.config_path.absolute()), "PYTHONUNBUFFERED": "1"}
+    values = {environ.CONFIG_VARIABLE: str(config.config_path.absolute())}
     if config.device == "cuda":
         # a kernel that is loaded lazily while a peer spins in a barrier waits for that peer: load all at start
         values["CUDA_MODULE_LOADING"] = "EAGER"

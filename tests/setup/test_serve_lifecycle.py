@@ -149,6 +149,15 @@ def test_it_starts_answers_the_pasted_commands_and_stops_without_a_trace(
     launcher.assert_nothing_is_left(group, prefix)
 
 
+def test_what_a_model_prints_while_it_loads_is_shown_before_the_server_is_ready(
+    launched: list[Launcher], tmp_path: Path
+) -> None:
+    body = 'from nmoe_backend import stub\nstub.print_lines_at_once()\nprint("weights: 3.1 s")'
+    launcher = start(launched, tmp_path, initialize=body)
+    launcher.wait_for("ready: ")
+    assert any(line.endswith("] weights: 3.1 s") for line in launcher.lines)
+
+
 def test_a_request_that_runs_when_the_signal_comes_still_gets_its_answer(
     launched: list[Launcher], tmp_path: Path
 ) -> None:

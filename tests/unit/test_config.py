@@ -170,6 +170,7 @@ BAD_TABLES = {
     "[[replicas]]\ngpus = [4]": "replicas[1].replica_id is missing. Add it",
     "[[replicas]]\nreplica_id = 1\ngpus = [4]\nrole = 'all'": "role is 'all', needs one of prefill, decode, both",
     "[generation]\ntemprature = 1": "generation.temprature is not a known key. Did you mean 'temperature'",
+    "[generation]\nrepetition_penalty = 1e39": "generation.repetition_penalty is 1e+39, needs a value > 0 and <= 3.4",
     "[generation]\ntemperature = -1": "generation.temperature is -1, needs a value >= 0",
     "[generation]\ntop_p = 0": "generation.top_p is 0, needs a value > 0 and <= 1",
     "[generation]\neos_token_ids = [512]": "eos_token_ids is [512], needs at least one id, all below vocab_size = 512",

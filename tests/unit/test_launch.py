@@ -32,6 +32,15 @@ def test_what_follows_two_dashes_goes_to_tritonserver() -> None:
     assert options.overrides == {}
 
 
+@pytest.mark.parametrize("flags", [["--http-port=8100"], ["--log-verbose=1", "--grpc-address", "0.0.0.0"]])
+def test_a_server_flag_that_we_must_know_ourselves_is_refused(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        launch.parse_arguments(["--config", "a.toml", "--", *flags])
+    assert "behind --, where it would bypass the configuration. Put --h" in capsys.readouterr().err
+
+
 def test_flags_override_ports_and_paths(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
@@ -81,9 +90,10 @@ def test_the_curl_commands_are_valid_shell_and_json(toml: Path) -> None:
     first, second = [shlex.split(line) for line in launch.ready_text(config).splitlines()[1:]]
     assert first[2] == "http://127.0.0.1:8123/v2/models/ensemble/generate"
     assert second[2] == "http://127.0.0.1:8123/v2/models/deepseek_v3/generate_stream"
-    for command in (first, second):
+    request = {"text_input": launch.PROMPT, "max_tokens": 20}
+    for command, body in ((first, request), (second, {**request, "stream": True})):
         assert command[0] == "curl" and command[3] == "-d"
-        assert json.loads(command[4]) == {"text_input": launch.PROMPT, "max_tokens": 20}
+        assert json.loads(command[4]) == body
 
 
 @pytest.mark.parametrize(
