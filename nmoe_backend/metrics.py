@@ -69,6 +69,7 @@ def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> MetricSpec:
 
 
 SPECS = (
+    _gauge("nmoe_engine_alive", "1 while the engine's heartbeat is young, 0 after a failure: restart the server then"),
     _gauge("nmoe_requests_running", "Requests that hold a slot of a rank"),
     _gauge("nmoe_requests_waiting", "Requests that wait for their first step or for readmission"),
     _gauge("nmoe_batch_size_current", "Sequences in the step that runs, all ranks"),
@@ -136,8 +137,9 @@ class Metrics:
         """A request never became a stream."""
         self._errors.append(error)
 
-    def push(self, stats: EngineStats, now_s: float) -> None:
+    def push(self, stats: EngineStats, is_alive: bool, now_s: float) -> None:
         """Everything since the last push. From one thread."""
+        self._set("nmoe_engine_alive", float(is_alive))
         self._push_gauges(stats)
         self._push_rates(stats, now_s)
         self._count("nmoe_prompt_tokens_total", stats.prompt_tokens_total)
@@ -197,14 +199,22 @@ class Metrics:
             self._pushed[key] = total
 
 
+class Measured(Protocol):
+    """What the pusher asks (an Orchestrator)."""
+
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+
+    def is_alive(self) -> bool:
+        """Whether the heartbeat is young."""
+
+
 class MetricsPusher:
     """The thread that pushes."""
 
-    def __init__(
-        self, metrics: Metrics, stats: Callable[[], EngineStats], clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, metrics: Metrics, engine: Measured, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
-        self._stats = stats
+        self._engine = engine
         self._clock = clock
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="metrics")
@@ -222,7 +232,7 @@ class MetricsPusher:
         stopping = False
         while not stopping:
             stopping = self._stopping.wait(PUSH_INTERVAL_S)
-            self._metrics.push(self._stats(), self._clock())
+            self._metrics.push(self._engine.stats(), self._engine.is_alive(), self._clock())
 
 
 def _drain(items: deque[T]) -> list[T]:

@@ -49,7 +49,7 @@ class Channel(Protocol):
         """The final response, an error. Raises ChannelError when it cannot be delivered."""
 
     def is_cancelled(self) -> bool:
-        """Whether the client went away."""
+        """Whether the client went away. Never asked at or after the final response."""
 
 
 class Requests(Protocol):
@@ -85,7 +85,8 @@ class Stream:
         self.channel = channel
         self.chunks = ChunkBuilder(parsed, text)
         self.last_sent_s: float | None = None  # the last response with tokens
-        self.closed = False  # the final response left
+        self.closed = False  # the final response is on its way or left
+        self.final_lock = threading.Lock()  # see Responder._forget
         self.error: RequestError | None = None
         self._ready = ready
         self._lock = threading.Lock()
@@ -233,10 +234,12 @@ class Responder:
         polls = max(MIN_POLLS_PER_TICK, -(-len(self._poll_queue) // POLL_ROUND_TICKS))
         for _ in range(min(polls, len(self._poll_queue))):
             stream = self._poll_queue.popleft()
-            if stream.closed:
-                continue
-            if self._is_gone(stream):
-                self._requests.cancel(stream.request_id)  # its sink is closed by the engine, and so ends with FINAL
+            with stream.final_lock:
+                if stream.closed:
+                    continue
+                is_gone = stream.channel.is_cancelled()
+            if is_gone:
+                self._requests.cancel(stream.request_id)  # the engine closes its sink, and so it ends with FINAL
             else:
                 self._poll_queue.append(stream)
 
@@ -275,14 +278,11 @@ class Responder:
         self._fail(stream, RequestError("the client is gone", ErrorKind.CANCELLED))
 
     def _forget(self, stream: Stream) -> None:
-        stream.closed = True
+        """Before the final response. A poll that is under way ends first: with that response the server frees what
+        is_cancelled asks about, and it crashes when it is asked then."""
+        with stream.final_lock:
+            stream.closed = True
         self._live.pop(stream.request_id, None)
-
-    def _is_gone(self, stream: Stream) -> bool:
-        try:
-            return stream.channel.is_cancelled()
-        except ChannelError:  # its final response left a moment ago
-            return False
 
     def _send_loop(self) -> None:
         while (stream := self._ready.get()) is not None:

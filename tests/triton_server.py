@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -45,13 +46,13 @@ class TritonServer:
         self.config = ServeConfig.from_toml(config_path, ports)
         self.http, self.grpc, self.metrics = (f"127.0.0.1:{ports[name]}" for name in names)
         self.lines: list[str] = []
+        self.shm_prefix = f"nmoe_test_{uuid.uuid4().hex[:12]}_"
         self._repository, self._flags, self._environment = repository, tuple(flags), dict(environment or {})
         self._process: ServerProcess | None = None
 
     def __enter__(self) -> TritonServer:
-        prefix = f"nmoe_test_{uuid.uuid4().hex[:12]}_"
-        argv, env = server_command(self.config, self._repository, self._flags, prefix)
-        self._process = ServerProcess(argv, env | self._environment, prefix, self.lines.append)
+        argv, env = server_command(self.config, self._repository, self._flags, self.shm_prefix)
+        self._process = ServerProcess(argv, env | self._environment, self.shm_prefix, self.lines.append)
         try:
             self._wait_until_ready()
         except BaseException:
@@ -67,6 +68,18 @@ class TritonServer:
         """The running server."""
         assert self._process is not None, "enter the server first"
         return self._process
+
+    def terminate(self) -> None:
+        """SIGTERM, and do not wait."""
+        os.kill(self.process.pid, signal.SIGTERM)
+
+    def wait_for_exit(self, limit_s: float) -> int:
+        """The exit code."""
+        limit = time.monotonic() + limit_s
+        while (code := self.process.exit_code()) is None:
+            assert time.monotonic() < limit, f"tritonserver still runs after {limit_s} s"
+            time.sleep(0.02)
+        return code
 
     def get(self, path: str, address: str | None = None) -> bytes:
         """GET from the HTTP port, or from another address of this server."""
@@ -135,8 +148,3 @@ def write_config(path: Path, model_path: Path, **values: object) -> Path:
     lines += ["[kv_layout]", "page_size = 16", "[[replicas]]", "replica_id = 0", f"gpus = {json.dumps(gpus)}"]
     path.write_text("\n".join(lines) + "\n")
     return path
-
-
-def temporary_folder(prefix: str) -> Path:
-    """A folder for one run."""
-    return Path(tempfile.mkdtemp(prefix=prefix))

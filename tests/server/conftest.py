@@ -26,3 +26,4 @@ def config_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def triton(config_path: Path) -> Iterator[TritonServer]:
     with TritonServer(config_path) as server:
         yield server
+        assert server.process.exit_code() is None, "the server died:\n" + "\n".join(server.lines[-40:])

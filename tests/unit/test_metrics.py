@@ -75,8 +75,9 @@ def test_names_follow_prometheus_and_are_unique() -> None:
 def test_gauges_show_the_last_snapshot_and_counters_its_growth() -> None:
     registry = FakeRegistry()
     metrics = Metrics(registry)
-    metrics.push(stats(), 1.0)
-    metrics.push(stats(generation_tokens_total=90, prompt_tokens_total=100, num_waiting=0), 1.5)
+    metrics.push(stats(), True, 1.0)
+    metrics.push(stats(generation_tokens_total=90, prompt_tokens_total=100, num_waiting=0), False, 1.5)
+    assert registry["nmoe_engine_alive"].value == 0.0
     assert registry["nmoe_requests_running"].value == 3
     assert registry["nmoe_requests_waiting"].value == 0
     assert registry["nmoe_kv_cache_utilization_percent"].value == 25.0
@@ -95,7 +96,7 @@ def test_observations_are_pushed_once() -> None:
     metrics.ended(9.0, ErrorKind.DEADLINE)
     metrics.refused(ErrorKind.INVALID)
     for now_s in (1.0, 2.0):
-        metrics.push(stats(), now_s)
+        metrics.push(stats(), True, now_s)
     assert registry["nmoe_time_to_first_token_seconds"].observed == [0.5]
     assert registry["nmoe_inter_token_latency_seconds"].observed == pytest.approx([0.1] * 3)
     assert registry["nmoe_inter_token_intervals_total"].value == 3
@@ -112,7 +113,7 @@ def test_inter_token_latency_is_a_bounded_seeded_sample_with_exact_totals() -> N
         metrics = Metrics(registry, seed=5)
         for index in range(4000):
             metrics.more_tokens(0.25 if index % 4 else 0.75, 1)
-        metrics.push(stats(), 1.0)
+        metrics.push(stats(), True, 1.0)
         samples.append(registry["nmoe_inter_token_latency_seconds"].observed)
         assert registry["nmoe_inter_token_intervals_total"].value == 4000
         assert registry["nmoe_inter_token_seconds_total"].value == 1500.0
@@ -121,10 +122,18 @@ def test_inter_token_latency_is_a_bounded_seeded_sample_with_exact_totals() -> N
     assert sum(samples[0]) / len(samples[0]) == pytest.approx(0.375, rel=0.15)
 
 
+class FakeEngine:
+    def stats(self) -> EngineStats:
+        return stats(steps_total=11)
+
+    def is_alive(self) -> bool:
+        return True
+
+
 def test_the_pusher_pushes_a_last_time_when_it_stops() -> None:
     registry = FakeRegistry()
     metrics = Metrics(registry)
-    pusher = MetricsPusher(metrics, lambda: stats(steps_total=11))
+    pusher = MetricsPusher(metrics, FakeEngine())
     pusher.start()
     metrics.first_tokens(0.1)
     pusher.stop()

@@ -316,6 +316,33 @@ def test_every_live_stream_is_polled_within_a_second_on_a_fixed_budget(text: Tex
     assert desk.engine.cancelled == [streams[-1].request_id]
 
 
+def test_the_final_response_waits_for_a_poll_that_is_under_way(text: Text) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    class AskedChannel(FakeChannel):
+        def is_cancelled(self) -> bool:
+            asked.set()
+            assert answer.wait(WAIT_S)
+            assert not self.ended.is_set(), "asked behind the final response"
+            return False
+
+    desk, channel = Desk(text), AskedChannel()
+    stream = desk.open(channel)
+    stream.put(3, None, "length")
+    poll, sender = (
+        threading.Thread(target=desk.responder.poll),
+        threading.Thread(target=desk.responder.serve, args=[stream]),
+    )
+    poll.start()
+    assert asked.wait(WAIT_S)
+    sender.start()
+    assert not channel.ended.wait(0.05)
+    answer.set()
+    assert channel.ended.wait(WAIT_S)
+    poll.join()
+    sender.join()
+
+
 def test_polling_forgets_streams_that_ended(desk: Desk) -> None:
     channel = FakeChannel()
     stream = desk.open(channel)

@@ -55,7 +55,7 @@ class TritonPythonModel:
         self._engine = self._start_engine(config)
         self._responder = Responder(text, self._engine, self._metrics)
         self._responder.start()
-        self._pusher = MetricsPusher(self._metrics, self._engine.stats)
+        self._pusher = MetricsPusher(self._metrics, self._engine)
         self._pusher.start()
 
     def execute(self, requests: list[Any]) -> None:
@@ -77,6 +77,8 @@ class TritonPythonModel:
         self._responder.close(timeout_s=1.0)
         self._pusher.stop()
         self._engine.close()
+        # Tensors in shared memory must be gone before the stub's memory pool: with one left it never ends.
+        del self._encoder, self._responder
 
     def _start_engine(self, config: ServeConfig) -> Any:
         from nmoe_backend import warmup  # torch; a scripted engine needs none
@@ -126,10 +128,7 @@ class _Channel:
         self._send(pb_utils.InferenceResponse(self._encoder.empty(outputs)), final=True)
 
     def is_cancelled(self) -> bool:
-        try:
-            return bool(self._sender.is_cancelled())
-        except pb_utils.TritonModelException as error:
-            raise ChannelError(str(error)) from error
+        return bool(self._sender.is_cancelled())
 
     def _send(self, response: Any, final: bool) -> None:
         try:

@@ -1,0 +1,179 @@
+"""Ends: SIGTERM under load, unload and reload, a broken engine; and a load tool that must run unmodified."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nmoe_backend.server_process import group_members
+from nmoe_backend.tritonserver import find_server
+from perf.scripted import ROOT, benchmark_table, write_repository
+from tests.server.client import Answer, Stream
+from tests.triton_server import TritonServer, write_config
+
+LONG: dict[str, object] = {"text_input": "hello", "ignore_eos": True, "stream": True}
+SHM = Path("/dev/shm")
+
+
+def scripted(model_path: Path, folder: Path, step_ms: float) -> tuple[Path, Path]:
+    """A config and a repository whose steps take step_ms, on two ranks."""
+    config = write_config(folder / "scripted.toml", model_path, gpus=[0, 1], max_seq_len=4096)
+    config.write_text(config.read_text() + benchmark_table({"step_ms": step_ms}))
+    return config, write_repository(folder)
+
+
+@contextmanager
+def running_streams(server: TritonServer, count: int, max_tokens: int) -> Iterator[list[Future[Answer]]]:
+    """Streams that have got their first token; a broken connection counts as an error."""
+
+    def ask(index: int) -> Answer:
+        with Stream(server.grpc) as stream:
+            stream.send({**LONG, "max_tokens": max_tokens}, ("deepseek_v3", "ensemble")[index % 2])
+            first = stream.read()
+            started.append(first)
+            answer = stream.read_all()
+            if not isinstance(first, str):
+                answer.responses.insert(0, first)
+            return answer
+
+    started: list[object] = []
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(ask, index) for index in range(count)]
+        limit = time.monotonic() + 30
+        while len(started) < count:
+            assert time.monotonic() < limit, f"only {len(started)} of {count} streams started"
+            time.sleep(0.01)
+        yield futures
+
+
+def leftovers(server: TritonServer) -> tuple[list[int], list[str]]:
+    """Processes of the group and its shared memory."""
+    names = [path.name for path in SHM.iterdir() if path.name.startswith(server.shm_prefix)]
+    return group_members(server.process.pid), names
+
+
+def test_sigterm_under_load_lets_streams_finish_and_leaves_nothing(model_path: Path, tmp_path: Path) -> None:
+    config, repository = scripted(model_path, tmp_path, step_ms=20)
+    with TritonServer(config, repository) as server:
+        with running_streams(server, 16, max_tokens=100) as futures:
+            server.terminate()
+            answers = [future.result(timeout=60) for future in futures]
+        assert [answer.error for answer in answers] == [""] * 16
+        assert {len(answer.ids) for answer in answers} == {100}
+        assert all(answer.responses[-1].final for answer in answers)
+        assert server.wait_for_exit(30) == 0
+        assert leftovers(server) == ([], [])
+
+
+def test_sigterm_ends_streams_that_outlast_the_limit_with_an_error(model_path: Path, tmp_path: Path) -> None:
+    config, repository = scripted(model_path, tmp_path, step_ms=20)
+    with TritonServer(config, repository, flags=["--exit-timeout-secs=2"]) as server:
+        with running_streams(server, 16, max_tokens=3000) as futures:
+            # With streams left at its limit this server crashes, and hangs in its own handler: its starter kills it.
+            assert not server.process.stop(drain_s=6.0)
+            answers = [future.result(timeout=60) for future in futures]
+        assert all(answer.error for answer in answers)
+    assert leftovers(server) == ([], [])
+
+
+def test_a_broken_engine_ends_every_stream_with_an_error_and_says_why_once(model_path: Path, tmp_path: Path) -> None:
+    config, repository = scripted(model_path, tmp_path, step_ms=10)
+    model = repository / "deepseek_v3" / "1" / "model.py"
+    model.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from perf.scripted import scripted_model\nfrom tests.server.failing_engine import start_failing\n"
+        "TritonPythonModel = scripted_model(start_failing)\n"
+    )
+    with TritonServer(config, repository) as server:
+        with running_streams(server, 8, max_tokens=2000) as futures:
+            answers = [future.result(timeout=30) for future in futures]
+        assert all("device 1 fell off the bus" in answer.error for answer in answers)
+        with Stream(server.grpc) as stream:
+            assert "no replica is alive" in stream.ask({**LONG, "max_tokens": 2}).error
+        wait_for_metric(server, "nmoe_engine_alive", 0.0)
+        assert server.metric("nmoe_request_errors_total", kind="engine") == 8
+        assert len([line for line in server.lines if re.search("the engine failed; every live", line)]) == 1
+
+
+def wait_for_metric(server: TritonServer, name: str, value: float) -> None:
+    """Metrics are pushed four times a second."""
+    limit = time.monotonic() + 5
+    while server.metric(name) != value:
+        assert time.monotonic() < limit, f"{name} is {server.metric(name)}, not {value}"
+        time.sleep(0.02)
+
+
+def resident_kb(pid: int) -> int:
+    """RSS."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0])
+
+
+def test_unloading_and_loading_leaves_no_memory_behind(config_path: Path) -> None:
+    flags = ["--model-control-mode=explicit"]
+    with TritonServer(config_path, flags=flags) as server:
+        pid = server.process.pid
+        assert leftovers(server) == ([pid], [])
+        resident = []
+        for _ in range(4):
+            assert server.post("v2/repository/models/deepseek_v3/load", {})[0] == 200
+            answer = server.generate({"text_input": "hello", "max_tokens": 4, "return_log_probs": True})
+            assert answer["num_output_tokens"] == 4
+            with Stream(server.grpc) as running, Stream(server.grpc) as control:
+                running.send({**LONG, "max_tokens": 500}, request_id="a")
+                running.read()
+                assert control.ask({"stop": True}, request_id="a").error == ""
+                assert "cancelled" in running.read_all().error
+            assert server.post("v2/repository/models/deepseek_v3/unload", {})[0] == 200
+            limit = time.monotonic() + 20
+            while leftovers(server) != ([pid], []):
+                assert time.monotonic() < limit, f"left after an unload: {leftovers(server)}"
+                time.sleep(0.05)
+            resident.append(resident_kb(pid))
+        assert resident[3] - resident[1] < 8_000  # of the server itself; the engine lived in processes that have ended
+
+
+@pytest.mark.parametrize("model", ["deepseek_v3", "ensemble"])
+def test_perf_analyzer_runs_unmodified(triton: TritonServer, tmp_path: Path, model: str) -> None:
+    binary = Path(sys.executable).parent / "perf_analyzer"
+    server = find_server(triton.config.torch_extensions_dir)
+    for folder in server.library_dirs:  # Debian's names of what the wheel carries
+        for pattern, name in (("libb64-*.so.0d", "libb64.so.0d"), ("libcudart-*.so.12.*", "libcudart.so.12")):
+            for found in folder.glob(pattern):
+                (tmp_path / name).symlink_to(found)
+    data = {
+        "text_input": ["hello world"],
+        "max_tokens": [8],
+        "stream": [True],
+        "min_length": [8],
+        "bad_words": {"content": [""], "shape": [1]},
+    }
+    (tmp_path / "input.json").write_text(json.dumps({"data": [data]}))
+    command = [
+        str(binary), "-m", model, "-u", triton.grpc, "-i", "grpc", "--streaming", "--async", "--input-data",
+        str(tmp_path / "input.json"), "--concurrency-range", "4", "--request-count", "24",
+        "--profile-export-file", str(tmp_path / "profile.json"),
+    ]  # fmt: skip
+    libraries = ":".join(map(str, (tmp_path, *server.library_dirs)))
+    done = subprocess.run(
+        command,
+        env={"LD_LIBRARY_PATH": libraries, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    requests = json.loads((tmp_path / "profile.json").read_text())["experiments"][0]["requests"]
+    assert len(requests) >= 24
+    responses = list(itertools.chain.from_iterable(one["response_outputs"] for one in requests))
+    assert sum(int(response["num_output_tokens"]) for response in responses) == 8 * len(requests)

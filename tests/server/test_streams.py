@@ -1,0 +1,184 @@
+"""Many streams at once: exactly the tokens of the engine alone, in order, each once; who leaves leaves nothing."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from nmoe_backend import warmup
+from nmoe_backend.config import ServeConfig
+from nmoe_backend.orchestrator import Orchestrator
+from nmoe_backend.text import Text
+from nmoe_backend.types import FinishReason, Request, RequestError, SamplingParams, TokenLogprobs
+from perf.scripted import benchmark_table, write_repository
+from tests.server.client import Stream
+from tests.triton_server import TritonServer, write_config
+
+NUM_STREAMS = 64
+
+
+class Collector:
+    """A TokenSink that keeps the ids."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.ended = threading.Event()
+
+    def put(
+        self, token_id: int, logprobs: TokenLogprobs | None = None, finish_reason: FinishReason | None = None
+    ) -> None:
+        self.ids.append(token_id)
+        if finish_reason is not None:
+            self.ended.set()
+
+    def put_prompt_logprobs(self, logprobs: list[TokenLogprobs]) -> None:
+        raise AssertionError("nobody asked for prompt logprobs")
+
+    def put_embedding(self, embedding: list[float]) -> None:
+        raise AssertionError("nobody asked for an embedding")
+
+    def close(self, finish_reason: FinishReason, error: RequestError | None = None) -> None:
+        raise AssertionError(f"{finish_reason}: {error}")
+
+
+@pytest.fixture(scope="module")
+def offline(config_path: Path) -> Iterator[Orchestrator]:
+    """The same engine in this process, without Triton."""
+    threads = torch.get_num_threads()
+    orchestrator = warmup.start(ServeConfig.from_toml(config_path), lambda _: None)
+    yield orchestrator
+    orchestrator.close()
+    torch.set_num_threads(threads)
+
+
+def wait_until(holds: Callable[[], bool], limit_s: float) -> float:
+    """Seconds until it held; an error when it did not within the limit."""
+    start = time.monotonic()
+    while not holds():
+        assert time.monotonic() - start < limit_s, f"did not happen within {limit_s} s"
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+def test_64_concurrent_streams_get_exactly_the_offline_tokens(
+    triton: TritonServer, offline: Orchestrator, model_path: Path
+) -> None:
+    rng = random.Random(1)
+    text = Text(model_path)
+    prompts = [tuple(rng.randrange(3, 900) for _ in range(rng.randrange(1, 120))) for _ in range(NUM_STREAMS)]
+    lengths = [rng.randrange(1, 60) for _ in range(NUM_STREAMS)]
+    temperatures = [rng.choice([0.0, 1.0]) for _ in range(NUM_STREAMS)]
+
+    def by_engine() -> list[list[int]]:
+        sinks = [Collector() for _ in prompts]
+        for index, sink in enumerate(sinks):
+            sampling = SamplingParams(max_tokens=lengths[index], temperature=temperatures[index], seed=index)
+            offline.submit(
+                Request(request_id=index, prompt_ids=prompts[index], sampling=sampling, arrival_s=time.monotonic()),
+                sink,
+            )
+        assert all(sink.ended.wait(120) for sink in sinks)
+        return [sink.ids for sink in sinks]
+
+    def by_server(index: int) -> None:
+        model = ("deepseek_v3", "ensemble")[index % 2]
+        with Stream(triton.grpc) as stream:
+            answer = stream.ask(
+                {
+                    "input_ids": list(prompts[index]),
+                    "max_tokens": lengths[index],
+                    "temperature": temperatures[index],
+                    "seed": index,
+                    "stream": True,
+                },
+                model,
+            )
+            assert stream.pending() == 0
+        assert answer.error == ""
+        assert answer.ids == expected[index]
+        assert [response.final for response in answer.responses] == [False] * (len(answer.responses) - 1) + [True]
+        ends_by_id = answer.responses[-1].values["finish_reason"] == "stop"
+        assert answer.text == text.decode(expected[index][: -1 if ends_by_id else None])
+
+    expected = by_engine()
+    assert len({tuple(ids) for ids in expected}) > NUM_STREAMS // 2, "the model always says the same"
+    with ThreadPoolExecutor(NUM_STREAMS) as pool:
+        list(pool.map(by_server, range(NUM_STREAMS)))
+
+
+def test_random_text_arrives_as_whole_characters(triton: TritonServer, model_path: Path) -> None:
+    text = Text(model_path)
+    body = {"text_input": "x", "max_tokens": 200, "temperature": 8.0, "ignore_eos": True, "stream": True, "seed": 3}
+    with Stream(triton.grpc) as stream:
+        answer = stream.ask(body)  # every chunk is decoded as strict UTF-8 on the way
+    assert "\ufffd" in answer.text, "the draw held no broken character: raise the temperature"
+    assert answer.text == text.decode(answer.ids)
+    assert len({len(response.values["text_output"]) for response in answer.responses}) > 2
+
+
+def test_a_client_that_disconnects_frees_its_pages_within_a_second(triton: TritonServer) -> None:
+    def pages() -> float:
+        return triton.metric("nmoe_kv_cache_utilization_percent")
+
+    before = triton.metric("nmoe_request_errors_total", kind="cancelled")
+    streams = [Stream(triton.grpc).__enter__() for _ in range(4)]
+    for stream in streams:
+        prompt = list(range(3, 103))
+        stream.send({"input_ids": prompt, "max_tokens": 900, "temperature": 0.0, "ignore_eos": True, "stream": True})
+    for stream in streams:
+        assert not isinstance(stream.read(), str)
+    wait_until(lambda: pages() > 0, 5.0)
+    for stream in streams:
+        stream.disconnect()
+    wait_until(lambda: pages() == 0, 1.0)
+    wait_until(lambda: triton.metric("nmoe_request_errors_total", kind="cancelled") == before + 4, 5.0)
+    assert triton.metric("nmoe_requests_running") == 0
+
+
+def test_requests_with_one_tensor_set_batch_and_mixed_sets_are_all_answered(triton: TritonServer) -> None:
+    def executions() -> float:
+        return triton.metric("nv_inference_exec_count", model="deepseek_v3")
+
+    def burst(extra: Callable[[int], dict[str, object]]) -> float:
+        before = executions()
+        with Stream(triton.grpc) as stream:
+            for index in range(NUM_STREAMS):
+                stream.send(
+                    {"input_ids": [5] * (1 + index % 7), "max_tokens": 1, **extra(index)}, request_id=str(index)
+                )
+            answers = [stream.read() for _ in range(NUM_STREAMS)]
+        assert all(not isinstance(answer, str) and answer.final for answer in answers)
+        return executions() - before
+
+    assert burst(lambda _: {}) < NUM_STREAMS
+    extras: list[dict[str, object]] = [{}, {"temperature": 0.0}, {"stop_words": ["a"]}, {"stop_words": ["a", "b"]}]
+    assert burst(lambda index: extras[index % 4]) <= NUM_STREAMS
+
+
+def test_the_queue_delay_adds_at_most_a_millisecond_to_the_median_ttft(model_path: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "scripted.toml", model_path, gpus=[0, 1])
+    config.write_text(config.read_text() + benchmark_table({"step_ms": 1}))
+    repositories = [write_repository(tmp_path / name) for name in ("delay", "none")]
+    pbtxt = repositories[1] / "deepseek_v3" / "config.pbtxt"
+    shipped = pbtxt.read_text()
+    without = shipped.replace("max_queue_delay_microseconds: 500", "max_queue_delay_microseconds: 0")
+    assert without != shipped
+    pbtxt.write_text(without)
+    ttfts: list[list[float]] = [[], []]
+    with TritonServer(config, repositories[0]) as first, TritonServer(config, repositories[1]) as second:
+        with Stream(first.grpc) as delayed, Stream(second.grpc) as prompt:
+            for round_ in range(220):  # in turn, so that other load on the machine meets both
+                for index, stream in enumerate((delayed, prompt)):
+                    start = time.monotonic()
+                    answer = stream.ask({"input_ids": [5, 6, 7], "max_tokens": 1})
+                    if round_ >= 20:
+                        ttfts[index].append(answer.responses[0].at_s - start)
+    median = [sorted(values)[len(values) // 2] for values in ttfts]
+    assert median[0] - median[1] <= 1e-3
