@@ -2,7 +2,7 @@
 # Not built or run by this project's tests, which have no container engine: they use the same server from a wheel.
 #
 #   docker build -t nmoe .
-#   docker run --gpus all --init --stop-timeout 60 --shm-size 1g --network host -v /path/to/DeepSeek-V3:/models/DeepSeek-V3:ro nmoe
+#   docker run --gpus all --init --stop-timeout 60 --shm-size 2g --network host -v /path/to/DeepSeek-V3:/models/DeepSeek-V3:ro nmoe
 #
 # The image must carry Python 3.12 (Ubuntu 24.04: tags 24.11 and newer). Its stub runs the python3 that stands first on
 # PATH, the virtual environment's. NumPy stays at 1.26 from the lock: stubs before 24.11 give empty tensors with NumPy 2,

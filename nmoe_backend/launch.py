@@ -128,7 +128,7 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         doctor_only=values.doctor,
         repository=values.model_repository.absolute(),
         start_timeout_s=values.start_timeout,
-        verbose=values.verbose,
+        verbose=values.verbose or any(flag.startswith("--log-verbose") for flag in flags),
         overrides=overrides,
         server_flags=tuple(flags),
     )

@@ -28,13 +28,14 @@ def load_config(args: Mapping[str, str], environment: Mapping[str, str] | None =
     if path is None:
         parameters = json.loads(args["model_config"]).get("parameters", {})
         value = parameters.get(CONFIG_PARAMETER, {}).get("string_value", "")
-        path = Path(args["model_repository"], value)
+        path = Path(args["model_repository"], value).resolve()
         if not value or not path.is_file():
             raise ConfigError(
                 f"{args['model_name']}: {environ.CONFIG_VARIABLE} is not set and parameter {CONFIG_PARAMETER} of "
-                f"config.pbtxt is {value!r}, need the path of a TOML such as configs/tiny.toml. Set one of them."
+                f"config.pbtxt is {value!r} ({path}), need the path of a TOML such as configs/tiny.toml. "
+                "Set one of them."
             )
-    return ServeConfig.from_toml(path.resolve())
+    return ServeConfig.from_toml(path)
 
 
 def print_lines_at_once() -> None:

@@ -30,6 +30,7 @@ def test_what_follows_two_dashes_goes_to_tritonserver() -> None:
     assert options.server_flags == ("--log-verbose=1", "--", "x")
     assert options.config == Path("a.toml")
     assert options.overrides == {}
+    assert options.verbose  # who asks the server for more wants to see it
 
 
 @pytest.mark.parametrize("flags", [["--http-port=8100"], ["--log-verbose=1", "--grpc-address", "0.0.0.0"]])
