@@ -40,6 +40,15 @@ def test_every_relative_link_and_named_file_exists() -> None:
             assert (ROOT / name).exists(), f"{document.name} names {name}"
 
 
+def test_the_messages_in_the_runbook_are_those_of_the_code() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "nmoe_backend").rglob("*.py"))
+    rows = [line for line in (ROOT / "docs" / "runbook.md").read_text().splitlines() if line.startswith("| ")]
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(quoted) > 5
+    for text in quoted:
+        assert text.split(" = ")[0] in source, f"runbook.md quotes {text!r}, which no code says"
+
+
 def test_every_markdown_document_is_named_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     for path in (ROOT / "docs").glob("*.md"):
