@@ -1,12 +1,15 @@
 """Tokens through the real tritonserver: scripted ranks, gRPC streams, text out, one stop string.
 
+    python -m perf.bench_streaming [--baseline perf/baselines/cpu.json --save]
+    python -m perf.bench_streaming --name P9 --streams 2048 --rates 22000 36000 --clients 4    # a host with 16 cores
+
 Everything but the model is real: engine, responder, the Python backend's stub, tritonserver, gRPC. The ranks produce a
-token for every stream each `streams / rate` seconds; the client (a process of its own) counts what arrives and when.
+token for every stream each `streams / rate` seconds. Client processes count what arrives and when. Every stream is read
+to its end and must have got all its tokens; `delivered` is the sum of the streams' own rates, first token to last, so
+whatever lags behind the ranks at the end lowers it. `busy` is the ranks' share of the time, from the engine's steps.
 
-    python -m perf.bench_streaming                                   # 256 streams at 2k, 8k and 20k tokens/s
-    python -m perf.bench_streaming --streams 2048 --rates 22000 36000   # P9, on a host with 16 cores
-
-Prints a table; the last line is JSON. `--write` merges it into perf/baselines/<--machine>.json.
+Needs a model folder with config.json and tokenizer (scripts/make_tiny_checkpoint.py); weights are not read. Prints a
+table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import statistics
 import struct
 import tempfile
 import time
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,71 +32,85 @@ import grpc.aio
 from tritonclient.grpc import service_pb2
 
 from nmoe_backend.server_process import group_members
+from perf.bench_control_plane import commit_id, machine
 from perf.scripted import ROOT, benchmark_table, write_repository
 from tests.triton_server import TritonServer, write_config
 
 STOP = "\n\nObservation:"  # its first characters do occur, so text is held back now and then
 _METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
-_WARM_UP_S = 2.0
+_CONNECTIONS = 4  # of a client process
+_EDGE_S = 2.0  # left out of the middle part, in which CPU time and steps are measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One rate. Gaps are between chunks of a stream, as the client sees them, in ms."""
+    """One rate. Gaps are between chunks of a stream, as the client sees them."""
 
-    streams: int
-    ranks: int
     offered_tok_s: float
-    generated_tok_s: float
     delivered_tok_s: float
     mean_chunk: float
     gap_p50_ms: float
     gap_p99_ms: float
     gap_max_ms: float
-    cpu_server: float  # cores: tritonserver, the stub, the client
-    cpu_stub: float
-    cpu_client: float
+    step_ms: float
+    busy: float
+    server_cores: float
+    stub_cores: float
+    client_cores: float
 
 
-class Reader:
-    """Counts one stream."""
+@dataclass
+class Arrivals:
+    """What one stream got."""
 
-    def __init__(self) -> None:
-        self.first_s: float | None = None
-        self.times: list[float] = []
-        self.counts: list[int] = []
-
-    async def run(self, channel: grpc.aio.Channel, request: bytes, until: asyncio.Event) -> None:
-        """Reads until told to stop, then cancels."""
-        call = channel.stream_stream(_METHOD)(iter_once(request))
-        stopper = asyncio.ensure_future(cancel_when(until, call))
-        try:
-            async for raw in call:
-                answer = service_pb2.ModelStreamInferResponse.FromString(raw)
-                assert not answer.error_message, answer.error_message
-                self.times.append(time.perf_counter())
-                self.counts.append(struct.unpack("<i", answer.infer_response.raw_output_contents[1])[0])
-        except asyncio.CancelledError:
-            assert until.is_set(), "the server cancelled a stream"
-        finally:
-            stopper.cancel()
+    times: list[float]  # perf_counter, the same clock in all processes
+    counts: list[int]  # tokens
 
 
-async def iter_once(request: bytes):  # type: ignore[no-untyped-def]
-    """One request, and the stream stays open."""
-    yield request
-    await asyncio.Event().wait()
+async def read_stream(channel: grpc.aio.Channel, request: bytes, stop: asyncio.Event) -> Arrivals:
+    """One request, to its end. The raw stub: the client library takes three times as long a response."""
+
+    async def requests() -> AsyncIterator[bytes]:
+        yield request
+        await stop.wait()  # half-closing earlier would end the stream
+
+    arrivals = Arrivals([], [])
+    call = channel.stream_stream(_METHOD)(requests())
+    async for raw in call:
+        now = time.perf_counter()
+        answer = service_pb2.ModelStreamInferResponse.FromString(raw)
+        assert not answer.error_message, answer.error_message
+        arrivals.times.append(now)
+        arrivals.counts.append(struct.unpack("<i", answer.infer_response.raw_output_contents[1])[0])
+        if answer.infer_response.parameters["triton_final_response"].bool_param:
+            break
+    return arrivals
 
 
-async def cancel_when(event: asyncio.Event, call: grpc.aio.Call) -> None:
-    """Ends a call once the time is over."""
-    await event.wait()
-    call.cancel()
+async def read_streams(address: str, streams: int, request: bytes) -> list[Arrivals]:
+    """All streams at once, over a few connections."""
+    channels = [
+        grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(_CONNECTIONS)
+    ]
+    stop = asyncio.Event()
+    tasks = [read_stream(channels[index % _CONNECTIONS], request, stop) for index in range(streams)]
+    arrivals = await asyncio.gather(*tasks)
+    stop.set()
+    for channel in channels:
+        await channel.close()
+    return arrivals
 
 
-def make_request(max_tokens: int) -> bytes:
+def client(pipe: Connection, address: str, streams: int, request: bytes) -> None:
+    """A client process: starts when it is told to."""
+    pipe.send("ready")
+    pipe.recv()
+    pipe.send(asyncio.run(read_streams(address, streams, request)))
+
+
+def make_request(target: str, max_tokens: int) -> bytes:
     """One streaming request: text and the token count back, one stop string."""
-    request = service_pb2.ModelInferRequest(model_name="deepseek_v3")
+    request = service_pb2.ModelInferRequest(model_name=target)
 
     def add(name: str, datatype: str, raw: bytes) -> None:
         request.inputs.add(name=name, datatype=datatype, shape=[1, 1])
@@ -111,32 +129,6 @@ def make_request(max_tokens: int) -> bytes:
     return request.SerializeToString()
 
 
-async def read_streams(address: str, streams: int, max_tokens: int, duration_s: float) -> list[Reader]:
-    """All streams at once, over a few connections."""
-    options = [("grpc.max_receive_message_length", -1)]
-    channels = [
-        grpc.aio.insecure_channel(address, options=[*options, ("grpc.channel_id", index)]) for index in range(4)
-    ]
-    request, until = make_request(max_tokens), asyncio.Event()
-    readers = [Reader() for _ in range(streams)]
-    tasks = [
-        asyncio.ensure_future(reader.run(channels[index % len(channels)], request, until))
-        for index, reader in enumerate(readers)
-    ]
-    await asyncio.sleep(duration_s)
-    until.set()
-    await asyncio.gather(*tasks)
-    for channel in channels:
-        await channel.close()
-    return readers
-
-
-def client(pipe: Connection, address: str, streams: int, max_tokens: int, duration_s: float) -> None:
-    """The client process: answers with (streams' times and counts, its CPU seconds)."""
-    readers = asyncio.run(read_streams(address, streams, max_tokens, duration_s))
-    pipe.send([(reader.times, reader.counts) for reader in readers])
-
-
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -144,109 +136,150 @@ def cpu_seconds(pid: int) -> float:
 
 
 def stub_pid(server: TritonServer) -> int:
-    """The Python process that holds the engine: the child of tritonserver with the most threads."""
+    """The Python process that holds the engine: the one of the group with the most threads but for the server."""
     children = [pid for pid in group_members(server.process.pid) if pid != server.process.pid]
     return max(children, key=lambda pid: len(list(Path(f"/proc/{pid}/task").iterdir())))
 
 
-def measure(args: argparse.Namespace, rate: float, folder: Path) -> Result:
-    """One rate, on a server of its own."""
-    step_ms = 1e3 * args.streams / rate
-    max_tokens = int(1e3 * (args.seconds + 30) / step_ms)
-    pages = args.streams * (max_tokens // 16 + 4) // args.ranks + 64
+def write_scripted_config(args: argparse.Namespace, rate: float, folder: Path, max_tokens: int) -> Path:
+    """Room for all streams at once; the ranks' step time stands in [benchmark]."""
+    slots = -(-args.streams // args.ranks)
     config = write_config(
         folder / f"rate-{rate:g}.toml",
         args.model,
         gpus=list(range(args.ranks)),
-        max_batch_size=-(-args.streams // args.ranks),
+        max_batch_size=slots,
         max_prefill_tokens=1024,
-        num_pages=pages,
+        num_pages=slots * (max_tokens // 16 + 4),
         max_seq_len=4096,
         itl_target_ms=1e6,
         max_queue_size=2 * args.streams,
     )
-    config.write_text(config.read_text() + benchmark_table({"step_ms": step_ms}))
-    repository = folder / "model_repository"
-    with TritonServer(config, repository) as server:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        job = context.Process(
-            target=client, args=(theirs, server.grpc, args.streams, max_tokens, args.seconds + _WARM_UP_S)
-        )
-        job.start()
-        assert job.pid is not None
-        pids = (server.process.pid, stub_pid(server), job.pid)
-        time.sleep(_WARM_UP_S + 1.0)  # spawn takes a second
-        before, start = [cpu_seconds(pid) for pid in pids], time.perf_counter()
-        generated = server.metric("nmoe_generation_tokens_total")
-        time.sleep(max(0.0, args.seconds - 2.0))
-        cpu = [after - begin for after, begin in zip(map(cpu_seconds, pids), before, strict=True)]
-        elapsed = time.perf_counter() - start
-        generated = server.metric("nmoe_generation_tokens_total") - generated
-        readers = ours.recv()
-        job.join()
-    return summarise(args, rate, readers, generated / elapsed, [seconds / elapsed for seconds in cpu])
+    config.write_text(config.read_text() + benchmark_table({"step_ms": 1e3 * args.streams / rate}))
+    return config
 
 
-def summarise(
-    args: argparse.Namespace,
-    rate: float,
-    readers: list[tuple[list[float], list[int]]],
-    generated: float,
-    cpu: list[float],
-) -> Result:
-    """Over the time in which every stream was up, the first second of it left out."""
-    assert all(times for times, _ in readers), "some streams got nothing"
-    begin = max(times[0] for times, _ in readers) + 1.0
-    end = min(times[-1] for times, _ in readers)
-    tokens = chunks = 0
-    gaps: list[float] = []
-    for times, counts in readers:
-        inside = [index for index, at in enumerate(times) if begin <= at < end]
-        tokens += sum(counts[index] for index in inside)
-        chunks += len(inside)
-        gaps += [1e3 * (times[index] - times[index - 1]) for index in inside if index]
-    gaps.sort()
+def measure(args: argparse.Namespace, rate: float, folder: Path) -> Result:
+    """One rate, on a server of its own."""
+    max_tokens = round(args.seconds * rate / args.streams)
+    config = write_scripted_config(args, rate, folder, max_tokens)
+    context = multiprocessing.get_context("spawn")
+    with TritonServer(config, folder / "model_repository") as server:
+        pipes, jobs = [], []
+        for index in range(args.clients):
+            ours, theirs = context.Pipe()
+            share = args.streams // args.clients + (index < args.streams % args.clients)
+            jobs.append(
+                context.Process(target=client, args=(theirs, server.grpc, share, make_request(args.target, max_tokens)))
+            )
+            jobs[-1].start()
+            pipes.append(ours)
+        assert all(pipe.recv() == "ready" for pipe in pipes)
+        for pipe in pipes:
+            pipe.send("go")
+        cores, busy = watch(args, rate, server, [job.pid or 0 for job in jobs])
+        streams = [arrivals for pipe in pipes for arrivals in pipe.recv()]
+        for job in jobs:
+            job.join()
+    assert all(sum(arrivals.counts) == max_tokens for arrivals in streams), "a stream did not get all its tokens"
+    return summarise(rate, 1e3 * args.streams / rate, streams, busy, cores)
+
+
+def watch(
+    args: argparse.Namespace, rate: float, server: TritonServer, clients: Sequence[int]
+) -> tuple[list[float], float]:
+    """In the middle of the run: (cores of server, stub and clients, the ranks' busy share)."""
+    pids = [[server.process.pid], [stub_pid(server)], list(clients)]
+
+    def now() -> tuple[float, float, list[float]]:
+        steps = server.metric("nmoe_steps_total")
+        return time.perf_counter(), steps, [sum(map(cpu_seconds, group)) for group in pids]
+
+    time.sleep(_EDGE_S)
+    start_s, start_steps, start_cpu = now()
+    time.sleep(max(1.0, args.seconds - 2 * _EDGE_S))
+    end_s, end_steps, end_cpu = now()
+    elapsed = end_s - start_s
+    cores = [(end - start) / elapsed for start, end in zip(start_cpu, end_cpu, strict=True)]
+    return cores, (end_steps - start_steps) * args.streams / rate / elapsed
+
+
+def summarise(rate: float, step_ms: float, streams: list[Arrivals], busy: float, cores: list[float]) -> Result:
+    """Every chunk of every stream."""
+    tokens = sum(sum(arrivals.counts) for arrivals in streams)
+    delivered = sum(sum(arrivals.counts[1:]) / (arrivals.times[-1] - arrivals.times[0]) for arrivals in streams)
+    chunks = sum(len(arrivals.counts) for arrivals in streams)
+    gaps = sorted(
+        1e3 * (after - before)
+        for arrivals in streams
+        for before, after in zip(arrivals.times, arrivals.times[1:], strict=False)
+    )
     return Result(
-        streams=args.streams,
-        ranks=args.ranks,
         offered_tok_s=rate,
-        generated_tok_s=round(generated, 1),
-        delivered_tok_s=round(tokens / (end - begin), 1),
+        delivered_tok_s=round(delivered, 1),
         mean_chunk=round(tokens / chunks, 3),
         gap_p50_ms=round(statistics.median(gaps), 2),
         gap_p99_ms=round(gaps[int(0.99 * len(gaps))], 2),
         gap_max_ms=round(gaps[-1], 2),
-        cpu_server=round(cpu[0], 2),
-        cpu_stub=round(cpu[1], 2),
-        cpu_client=round(cpu[2], 2),
+        step_ms=round(step_ms, 2),
+        busy=round(busy, 3),
+        server_cores=round(cores[0], 2),
+        stub_cores=round(cores[1], 2),
+        client_cores=round(cores[2], 2),
     )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny", help="default %(default)s")
+    parser.add_argument("--target", default="deepseek_v3", choices=("deepseek_v3", "ensemble"))
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=1, help="client processes")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2000.0, 8000.0, 20000.0], help="tokens/s offered")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per rate")
+    parser.add_argument("--name", default="streaming", help="its entry in the baseline")
+    parser.add_argument("--baseline", type=Path, help="JSON file that --save writes into")
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args()
+    if args.save and args.baseline is None:
+        parser.error("--save needs --baseline FILE")
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", type=Path, default=ROOT / "models" / "tiny", help="a folder with config and tokenizer"
-    )
-    parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--rates", type=float, nargs="+", default=[2000.0, 8000.0, 20000.0], help="tokens/s offered")
-    parser.add_argument("--seconds", type=float, default=15.0, help="per rate")
-    args = parser.parse_args()
+    args = parse_arguments()
     results = []
+    print("offered  delivered  chunk  gap p50     p99     max ms   busy   cores: server   stub  clients")
     with tempfile.TemporaryDirectory(prefix="nmoe-bench-") as name:
         write_repository(Path(name))
-        print("offered  generated  delivered  chunk  gap p50/p99/max ms     CPU cores: server  stub  client")
         for rate in args.rates:
             one = measure(args, rate, Path(name))
             results.append(one)
             print(
-                f"{one.offered_tok_s:7.0f}  {one.generated_tok_s:9.0f}  {one.delivered_tok_s:9.0f}  {one.mean_chunk:5.2f}  "
-                f"{one.gap_p50_ms:7.1f} {one.gap_p99_ms:7.1f} {one.gap_max_ms:7.1f}   {one.cpu_server:14.2f} "
-                f"{one.cpu_stub:6.2f} {one.cpu_client:6.2f}",
+                f"{one.offered_tok_s:7.0f} {one.delivered_tok_s:10.0f} {one.mean_chunk:6.2f} {one.gap_p50_ms:8.1f} "
+                f"{one.gap_p99_ms:7.1f} {one.gap_max_ms:7.1f} {one.busy:10.3f} {one.server_cores:15.2f} "
+                f"{one.stub_cores:6.2f} {one.client_cores:8.2f}",
                 flush=True,
             )
-    print(json.dumps({"bench": "streaming", "results": [asdict(one) for one in results]}))
+    result = {
+        "name": args.name,
+        "value": results[-1].delivered_tok_s,
+        "unit": "tokens/s",
+        "goal": "delivered = offered, chunk 1.0 at 2k, p99 gap <= 250 ms at 20k"
+        if args.name == "streaming"
+        else "delivered = offered, p99 gap <= 2 steps, busy >= 0.97",
+        "commit": commit_id(),
+        "machine": machine(),
+        "method": f"perf/bench_streaming.py, {args.streams} gRPC streams to {args.target}, {args.ranks} scripted ranks, "
+        f"{args.seconds:g} s a rate, the last rate's",
+        "rows": [asdict(one) for one in results],
+    }
+    if args.save:
+        known = json.loads(args.baseline.read_text()) if args.baseline.exists() else {}
+        args.baseline.write_text(json.dumps({**known, args.name: result}, indent=2, sort_keys=True) + "\n")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

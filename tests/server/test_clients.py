@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,35 @@ def test_health_and_metadata(triton: TritonServer) -> None:
         assert triton.get(f"v2/models/{model}/ready") == b""
     metadata = json.loads(triton.get("v2/models/deepseek_v3"))
     assert {one["name"] for one in metadata["outputs"]} == set(OUTPUTS)
+
+
+def test_metrics_count_what_was_served(triton: TritonServer, text: Text) -> None:
+    names = {
+        "nmoe_prompt_tokens_total": 2 * len(text.encode(PROMPT)),
+        "nmoe_generation_tokens_total": 2 * 12,
+        "nmoe_time_to_first_token_seconds_count": 2,
+        "nmoe_request_latency_seconds_count": 2,
+        "nmoe_inter_token_intervals_total": 11,  # of the stream; the other request came as one response
+    }
+    settled(triton, {"nmoe_requests_running": 0.0})
+    before = {name: triton.metric(name) for name in names}
+    errors = triton.metric("nmoe_request_errors_total", kind="invalid")
+    finished = triton.metric("nmoe_requests_finished_total", finish_reason="length")
+    body = {"text_input": PROMPT, "max_tokens": 12, **GREEDY}
+    triton.generate(body)
+    with Stream(triton.grpc) as stream:
+        assert len(stream.ask({**body, "stream": True}).responses) > 1
+    assert triton.post("v2/models/deepseek_v3/generate", {**body, "max_tokens": -1})[0] == 400
+    settled(triton, {name: before[name] + count for name, count in names.items()})
+    assert triton.metric("nmoe_request_errors_total", kind="invalid") == errors + 1
+    assert triton.metric("nmoe_requests_finished_total", finish_reason="length") == finished + 2
+    assert triton.metric("nmoe_engine_alive") == 1
+    assert triton.metric("nmoe_kv_cache_utilization_percent") == 0
+
+
+def settled(triton: TritonServer, expected: dict[str, float]) -> None:
+    """Metrics are pushed four times a second."""
+    limit = time.monotonic() + 5
+    while (found := {name: triton.metric(name) for name in expected}) != expected:
+        assert time.monotonic() < limit, f"got {found}, expected {expected}"
+        time.sleep(0.02)

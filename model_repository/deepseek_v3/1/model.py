@@ -74,11 +74,9 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._engine.drain(DRAIN_S)
-        self._responder.close(timeout_s=1.0)
+        self._engine.close()  # ends what is left with an error, which the responder still sends
+        self._responder.close(timeout_s=5.0)
         self._pusher.stop()
-        self._engine.close()
-        # Tensors in shared memory must be gone before the stub's memory pool: with one left it never ends.
-        del self._encoder, self._responder
 
     def _start_engine(self, config: ServeConfig) -> Any:
         from nmoe_backend import warmup  # torch; a scripted engine needs none
