@@ -130,6 +130,14 @@ def test_a_broken_toml_is_an_error_before_anything_is_installed(machine: Path, t
     assert "UNSET_HERE is not set" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_model_that_is_not_there_is_an_error_before_anything_is_installed(machine: Path) -> None:
+    (machine / "python3").symlink_to(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
+    result = run(machine, str(ROOT / "scripts" / "serve"), str(ROOT / "configs" / "production.toml"))
+    assert result.returncode == 1
+    assert "cannot read /models/DeepSeek-V3/config.json" in result.stderr and "Traceback" not in result.stderr
+    assert ".venv" not in result.stdout + result.stderr and "installing" not in result.stdout
+
+
 def test_all_needs_the_programs_of_the_slow_tests(machine: Path) -> None:
     result = run(machine, str(ROOT / "scripts" / "test"), "--all")
     assert result.returncode == 1
