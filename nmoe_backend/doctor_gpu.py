@@ -99,7 +99,8 @@ def check_count(config: ServeConfig, facts: GpuFacts) -> Finding:
     if absent:
         text = f"replicas name gpus {absent}, the machine has {len(facts.gpus)} (0..{len(facts.gpus) - 1})"
         return fail("gpus", text, "Name existing gpus in [[replicas]], or unset CUDA_VISIBLE_DEVICES.")
-    return ok("gpus", f"{len(wanted)} of {len(facts.gpus)}: {facts.gpus[wanted[0]].name}")
+    virtual = f", {len(wanted)} ranks" if len(set(wanted)) < len(wanted) else ""
+    return ok("gpus", f"{len(set(wanted))} of {len(facts.gpus)}: {facts.gpus[wanted[0]].name}{virtual}")
 
 
 def check_capability(config: ServeConfig, facts: GpuFacts) -> Finding:

@@ -8,6 +8,7 @@ import json
 from nmoe_backend.config import ServeConfig
 
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_HEARTBEATS = "nmoe_engine_heartbeats_total"
 _READY_TIMEOUT_S = 2.0
 _GENERATE_TIMEOUT_S = 120.0
 
@@ -20,14 +21,22 @@ def url_host(host: str) -> str:
 
 def is_ready(config: ServeConfig) -> bool:
     """`GET /v2/health/ready` answers 200. A server that does not listen yet is not ready."""
-    status, _ = _request(config, "GET", "/v2/health/ready", None, _READY_TIMEOUT_S)
+    status, _ = _request(config, config.http_port, "GET", "/v2/health/ready", timeout_s=_READY_TIMEOUT_S)
     return status == 200
+
+
+def engine_heartbeats(config: ServeConfig) -> float | None:
+    """How often the engine's heartbeat was pushed to the metrics endpoint; None while there is no such metric."""
+    _, text = _request(config, config.metrics_port, "GET", "/metrics", timeout_s=_READY_TIMEOUT_S)
+    values = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(f"{_HEARTBEATS} ")]
+    return float(values[0]) if values else None
 
 
 def generate_failure(config: ServeConfig, prompt: str) -> str | None:
     """Generate one token through the ensemble; None when that worked, else what came back."""
     body = json.dumps({"text_input": prompt, "max_tokens": 1})
-    status, text = _request(config, "POST", "/v2/models/ensemble/generate", body, _GENERATE_TIMEOUT_S)
+    path = "/v2/models/ensemble/generate"
+    status, text = _request(config, config.http_port, "POST", path, body, timeout_s=_GENERATE_TIMEOUT_S)
     if status != 200:
         return f"HTTP {status}: {text[:500]}" if status else text
     try:
@@ -37,9 +46,11 @@ def generate_failure(config: ServeConfig, prompt: str) -> str | None:
     return None if isinstance(answer, dict) and "text_output" in answer else f"no text_output: {text[:500]}"
 
 
-def _request(config: ServeConfig, method: str, path: str, body: str | None, timeout_s: float) -> tuple[int, str]:
+def _request(
+    config: ServeConfig, port: int, method: str, path: str, body: str | None = None, *, timeout_s: float
+) -> tuple[int, str]:
     """(status, body); status 0 and the reason where there was no HTTP answer."""
-    connection = http.client.HTTPConnection(url_host(config.host).strip("[]"), config.http_port, timeout=timeout_s)
+    connection = http.client.HTTPConnection(url_host(config.host).strip("[]"), port, timeout=timeout_s)
     try:
         connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
         response = connection.getresponse()

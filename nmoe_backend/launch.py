@@ -16,7 +16,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from nmoe_backend.tritonserver import EXIT_TIMEOUT_S, server_command
 from nmoe_backend.types import ConfigError
 
 PROMPT = "The capital of France is"
+HEARTBEAT_LIMIT_S = 4.0  # with a poll a second, a dead engine's server is gone within 5 s
+_HEARTBEAT_POLL_S = 1.0
 _POLL_S = 0.1
 _REPORTED_LINES = 25
 _DRAIN_S = EXIT_TIMEOUT_S + 15.0  # Triton's own bound, and time for finalize
@@ -91,6 +93,29 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Heartbeat:
+    """Watches the engine from outside: Triton 2.51 stays ready with a dead engine, and with a dead stub.
+
+    Both stop the counter that the model's metrics thread pushes. Watching begins with the first value.
+    """
+
+    def __init__(self, read: Callable[[], float | None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._read = read
+        self._clock = clock
+        self._value: float | None = None
+        self._asked_s = self._advanced_s = clock()
+
+    def beats(self) -> bool:
+        """False once the counter has stood still for HEARTBEAT_LIMIT_S. Asks the server once a second at most."""
+        now = self._clock()
+        if now - self._asked_s >= _HEARTBEAT_POLL_S:
+            self._asked_s = now
+            value = self._read()
+            if value is not None and value != self._value:
+                self._value, self._advanced_s = value, now
+        return self._value is None or now - self._advanced_s < HEARTBEAT_LIMIT_S
 
 
 def default_repository() -> Path:
@@ -237,9 +262,13 @@ def _supervise(
         if failure is not None:
             return _report_death(server, options.config, f"answers health, but not a request: {failure}")
         console.say(ready_text(config))
+    heart = Heartbeat(lambda: http_probe.engine_heartbeats(config))
     while not stop.event.is_set():
         if server.exit_code() is not None:
             return _report_death(server, options.config, "died")
+        if not heart.beats():
+            what = f"has an engine without a heartbeat for {HEARTBEAT_LIMIT_S:g} s"
+            return _report_death(server, options.config, what)
         stop.event.wait(_POLL_S)
     return _drain(server, console, stop)
 

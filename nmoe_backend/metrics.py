@@ -70,6 +70,7 @@ def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> MetricSpec:
 
 SPECS = (
     _gauge("nmoe_engine_alive", "1 while the engine's heartbeat is young, 0 after a failure: restart the server then"),
+    _counter("nmoe_engine_heartbeats_total", "Four a second while the engine is alive: `nmoe serve` watches it"),
     _gauge("nmoe_requests_running", "Requests that hold a slot of a rank"),
     _gauge("nmoe_requests_waiting", "Requests that wait for their first step or for readmission"),
     _gauge("nmoe_batch_size_current", "Sequences in the step that runs, all ranks"),
@@ -110,13 +111,17 @@ class Metrics:
             for spec in SPECS
             for value in spec.label_values or ("",)
         }
-        self._pushed: dict[tuple[str, str], float] = {}  # counters: what Triton has
+        self._pushed: dict[tuple[str, str], float] = {}  # counters: what Triton has, or was never told
         self._random = random.Random(seed)
         self._ttfts: deque[float] = deque()
         self._gaps: deque[tuple[float, int]] = deque()
         self._latencies: deque[float] = deque()
         self._errors: deque[ErrorKind] = deque()
         self._last_push: tuple[float, int, int] | None = None  # (time, generated, prompt tokens)
+
+    def start_from(self, stats: EngineStats) -> None:
+        """What the engine counted so far (its warm-up) was no client's: the counters start at 0 from here."""
+        self._pushed.update(_totals(stats))
 
     def first_tokens(self, ttft_s: float) -> None:
         """The first response with a token left."""
@@ -140,14 +145,14 @@ class Metrics:
     def push(self, stats: EngineStats, is_alive: bool, now_s: float) -> None:
         """Everything since the last push. From one thread."""
         self._set("nmoe_engine_alive", float(is_alive))
+        if is_alive:
+            self._series["nmoe_engine_heartbeats_total", ""].increment(1)
         self._push_gauges(stats)
         self._push_rates(stats, now_s)
-        self._count("nmoe_prompt_tokens_total", stats.prompt_tokens_total)
-        self._count("nmoe_generation_tokens_total", stats.generation_tokens_total)
-        self._count("nmoe_steps_total", stats.steps_total)
-        self._count("nmoe_preemptions_total", stats.preemptions_total)
-        for reason, count in stats.requests_finished_total.items():
-            self._count("nmoe_requests_finished_total", count, reason)
+        for key, total in _totals(stats).items():
+            if total > (before := self._pushed.get(key, 0.0)):
+                self._series[key].increment(total - before)
+                self._pushed[key] = total
         self._push_observations()
 
     def _push_gauges(self, stats: EngineStats) -> None:
@@ -192,12 +197,6 @@ class Metrics:
     def _set(self, name: str, value: float) -> None:
         self._series[name, ""].set(value)
 
-    def _count(self, name: str, total: float, label_value: str = "") -> None:
-        key = (name, label_value)
-        if total > (before := self._pushed.get(key, 0.0)):
-            self._series[key].increment(total - before)
-            self._pushed[key] = total
-
 
 class Measured(Protocol):
     """What the pusher asks (an Orchestrator)."""
@@ -233,6 +232,17 @@ class MetricsPusher:
         while not stopping:
             stopping = self._stopping.wait(PUSH_INTERVAL_S)
             self._metrics.push(self._engine.stats(), self._engine.is_alive(), self._clock())
+
+
+def _totals(stats: EngineStats) -> dict[tuple[str, str], float]:
+    """The engine's counters, by name and label value."""
+    return {
+        ("nmoe_prompt_tokens_total", ""): stats.prompt_tokens_total,
+        ("nmoe_generation_tokens_total", ""): stats.generation_tokens_total,
+        ("nmoe_steps_total", ""): stats.steps_total,
+        ("nmoe_preemptions_total", ""): stats.preemptions_total,
+        **{("nmoe_requests_finished_total", reason): n for reason, n in stats.requests_finished_total.items()},
+    }
 
 
 def _drain(items: deque[T]) -> list[T]:

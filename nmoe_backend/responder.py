@@ -286,7 +286,12 @@ class Responder:
 
     def _send_loop(self) -> None:
         while (stream := self._ready.get()) is not None:
-            self.serve(stream)
+            try:
+                self.serve(stream)
+            except Exception:  # noqa: BLE001 - a bug of ours in one stream ends that stream; the thread serves the others
+                _log.exception("request %d: a response could not be built", stream.request_id)
+                self._requests.cancel(stream.request_id)
+                self._fail(stream, RequestError("a response could not be built: see the log", ErrorKind.ENGINE))
 
     def _poll_loop(self) -> None:
         due = self._clock()

@@ -187,3 +187,20 @@ def test_the_console_command_names_its_subcommands(capsys: pytest.CaptureFixture
 def test_the_console_command_hands_over_and_reports_errors(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert console.main(["serve", "--config", str(toml.parent / "none.toml")]) == 1
     assert "cannot read the configuration" in capsys.readouterr().err
+
+
+def test_the_heartbeat_is_missed_after_the_limit_and_not_before() -> None:
+    now, beats = [0.0], [None]
+    heart = launch.Heartbeat(lambda: beats[0], lambda: now[0])
+    now[0] = 100.0
+    assert heart.beats()  # nothing was ever pushed: a repository without the metric is not watched
+    beats[0] = 1.0
+    now[0] = 101.0
+    assert heart.beats()
+    now[0] = 101.0 + launch.HEARTBEAT_LIMIT_S - 0.1
+    assert heart.beats()
+    now[0] = 101.0 + launch.HEARTBEAT_LIMIT_S
+    assert not heart.beats()
+    beats[0] = 2.0
+    now[0] += 1.0
+    assert heart.beats()

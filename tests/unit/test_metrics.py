@@ -139,3 +139,15 @@ def test_the_pusher_pushes_a_last_time_when_it_stops() -> None:
     pusher.stop()
     assert registry["nmoe_time_to_first_token_seconds"].observed == [0.1]
     assert registry["nmoe_steps_total"].value == 11
+
+
+def test_the_warm_up_is_not_counted_and_heartbeats_stop_with_the_engine() -> None:
+    registry = FakeRegistry()
+    metrics = Metrics(registry)
+    metrics.start_from(stats(steps_total=10, requests_finished_total={"length": 8}))
+    metrics.push(stats(steps_total=12, requests_finished_total={"length": 9}), True, 1.0)
+    metrics.push(stats(steps_total=12, requests_finished_total={"length": 9}), False, 2.0)
+    assert registry["nmoe_steps_total"].value == 2
+    assert registry["nmoe_requests_finished_totallength"].value == 1
+    assert registry["nmoe_engine_heartbeats_total"].value == 1
+    assert registry["nmoe_engine_alive"].value == 0

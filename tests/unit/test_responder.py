@@ -420,3 +420,20 @@ def test_a_slow_stream_does_not_hold_up_the_others(running: Callable[..., Desk])
     release.set()
     assert slow.ended.wait(WAIT_S)
     assert [chunk.token_ids for chunk in slow.chunks] == [[3], [5, 6]]
+
+
+def test_a_bug_in_one_stream_ends_that_stream_and_no_other(text: Text) -> None:
+    class BuggyChannel(FakeChannel):
+        def send(self, chunk: Chunk, outputs: Sequence[str], final: bool) -> None:
+            raise ZeroDivisionError
+
+    desk, buggy, healthy = Desk(text, num_senders=1), BuggyChannel(), FakeChannel()
+    desk.responder.start()
+    first, second = desk.open(buggy), desk.open(healthy)
+    first.put(3, None, None)
+    second.put(3, None, "length")
+    assert buggy.ended.wait(WAIT_S) and healthy.ended.wait(WAIT_S)
+    assert buggy.error is not None and buggy.error.kind is ErrorKind.ENGINE
+    assert desk.engine.cancelled == [first.request_id]
+    assert healthy.error is None and desk.responder.is_alive()
+    desk.responder.close(WAIT_S)

@@ -1,0 +1,127 @@
+"""`nmoe serve` watches the engine from outside: this Triton stays ready with a dead engine, and with a dead stub."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nmoe_backend.server_process import group_members, shared_memory
+from perf.scripted import ROOT
+from tests.server.test_lifecycle import scripted
+from tests.triton_server import free_ports
+
+LIMIT_S = 60.0
+
+
+class Serve:
+    """`nmoe serve` over a repository, its output line by line."""
+
+    def __init__(self, config: Path, repository: Path) -> None:
+        self.http_port, grpc_port, metrics_port = free_ports(3)
+        ports = [f"--http-port={self.http_port}", f"--grpc-port={grpc_port}", f"--metrics-port={metrics_port}"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nmoe_backend.launch", "--config", config, "--model-repository", repository, *ports],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put(line)
+
+    def wait_for(self, pattern: str) -> None:
+        """The next line that matches."""
+        while not re.search(pattern, self.lines.get(timeout=LIMIT_S)):
+            pass
+
+    def server(self) -> int:
+        """Process id of its tritonserver, which leads the group."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        assert len(children) == 1, children
+        return int(children[0])
+
+    def generate(self, max_tokens: int) -> int:
+        """The status of a generation; 0 where the connection broke."""
+        url = f"http://127.0.0.1:{self.http_port}/v2/models/deepseek_v3/generate"
+        body = f'{{"text_input": "hello", "max_tokens": {max_tokens}, "ignore_eos": true}}'.encode()
+        try:
+            with urllib.request.urlopen(url, body, timeout=LIMIT_S) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return 0
+
+
+@pytest.fixture
+def serve(model_path: Path, tmp_path: Path) -> Iterator[Callable[[str], Serve]]:
+    """Starts `nmoe serve` over scripted ranks, with other lines as its model.py where they are given."""
+    started: list[Serve] = []
+
+    def start(model: str) -> Serve:
+        config, repository = scripted(model_path, tmp_path, step_ms=10)
+        if model:
+            (repository / "deepseek_v3" / "1" / "model.py").write_text(model)
+        started.append(Serve(config, repository))
+        started[-1].wait_for("ready: ")
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait(LIMIT_S)
+
+
+def assert_ends_within_5_s(one: Serve, group: int, prefix: str) -> None:
+    """The heartbeat is pushed four times a second and asked for once a second; the limit is 4 s."""
+    began = time.monotonic()
+    assert one.process.wait(LIMIT_S) == 1
+    assert time.monotonic() - began < 7.0  # 5 s, and the kill
+    one.wait_for("engine without a heartbeat")
+    assert group_members(group) == [] and shared_memory(prefix) == []
+
+
+def prefix_of(group: int) -> str:
+    """Of its shared memory, from its command line."""
+    return re.findall(r"shm-region-prefix-name=(\w+)", Path(f"/proc/{group}/cmdline").read_text())[0]
+
+
+def test_a_dead_engine_ends_the_server(serve: Callable[[str], Serve]) -> None:
+    one = serve(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from perf.scripted import scripted_model\nfrom tests.server.failing_engine import start_failing\n"
+        "TritonPythonModel = scripted_model(start_failing)\n"
+    )
+    group = one.server()
+    prefix = prefix_of(group)
+    assert one.generate(max_tokens=200) >= 400  # breaks the engine on its way
+    assert_ends_within_5_s(one, group, prefix)
+
+
+def test_a_killed_stub_ends_the_server(serve: Callable[[str], Serve]) -> None:
+    one = serve("")
+    group = one.server()
+    prefix = prefix_of(group)
+    assert one.generate(max_tokens=3) == 200
+    stubs = [pid for pid in group_members(group) if b"deepseek_v3" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert stubs
+    for pid in stubs:
+        os.kill(pid, signal.SIGKILL)
+    assert_ends_within_5_s(one, group, prefix)
