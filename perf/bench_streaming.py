@@ -81,8 +81,14 @@ async def read_stream(channel: grpc.aio.Channel, request: bytes, stop: asyncio.E
         answer = service_pb2.ModelStreamInferResponse.FromString(raw)
         assert not answer.error_message, answer.error_message
         arrivals.times.append(now)
-        arrivals.counts.append(struct.unpack("<i", answer.infer_response.raw_output_contents[1])[0])
-        if answer.infer_response.parameters["triton_final_response"].bool_param:
+        response = answer.infer_response
+        raw_counts = (
+            raw
+            for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
+            if output.name == "num_output_tokens"
+        )
+        arrivals.counts.append(struct.unpack("<i", next(raw_counts))[0])
+        if response.parameters["triton_final_response"].bool_param:
             break
     return arrivals
 
@@ -173,6 +179,7 @@ def measure(args: argparse.Namespace, rate: float, folder: Path) -> Result:
                 context.Process(target=client, args=(theirs, server.grpc, share, make_request(args.target, max_tokens)))
             )
             jobs[-1].start()
+            theirs.close()  # so that a client that dies is an EOFError here
             pipes.append(ours)
         assert all(pipe.recv() == "ready" for pipe in pipes)
         for pipe in pipes:
@@ -272,8 +279,8 @@ def main() -> None:
         else "delivered = offered, p99 gap <= 2 steps, busy >= 0.97",
         "commit": commit_id(),
         "machine": machine(),
-        "method": f"perf/bench_streaming.py, {args.streams} gRPC streams to {args.target}, {args.ranks} scripted ranks, "
-        f"{args.seconds:g} s a rate, the last rate's",
+        "method": f"perf/bench_streaming.py, {args.streams} gRPC streams to {args.target}, "
+        f"{args.ranks} scripted ranks, {args.seconds:g} s a rate, the last rate's",
         "rows": [asdict(one) for one in results],
     }
     if args.save:

@@ -2,9 +2,10 @@
 
 It is not a step of `ensemble`, whose outputs come straight from `deepseek_v3`. A stateless step behind a stream cannot
 hold back half a character or the beginning of a stop string, so the text deltas are `deepseek_v3`'s, which has the
-stream's state. All that a step could do is to pass them on: a round trip through one more process per token, in front
-of which tokens pile up once they come faster than it serves them (the responder coalesces when its own senders fall
-behind; it cannot see a queue in front of another model).
+stream's state. All that a step could do is to pass them on: a round trip through one more process per response, in
+front of which tokens pile up once they come faster than it serves them (the responder coalesces when its own senders
+fall behind; it cannot see a queue in front of another model). Measured on 2 cores, 256 streams, 8,000 tokens/s offered:
+5,700 delivered with such a step, 7,700 without.
 """
 
 from __future__ import annotations
