@@ -245,7 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--clients", type=int, default=1, help="client processes")
     parser.add_argument("--rates", type=float, nargs="+", default=[2000.0, 8000.0, 20000.0], help="tokens/s offered")
-    parser.add_argument("--seconds", type=float, default=20.0, help="per rate")
+    parser.add_argument("--seconds", type=float, default=40.0, help="per rate")
     parser.add_argument("--name", default="streaming", help="its entry in the baseline")
     parser.add_argument("--baseline", type=Path, help="JSON file that --save writes into")
     parser.add_argument("--save", action="store_true")
