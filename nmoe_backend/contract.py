@@ -96,7 +96,7 @@ class Contract:
         request = Request(
             request_id=call.request_id,
             prompt_ids=prompt_ids,
-            sampling=self._sampling(values),
+            sampling=self._sampling(values, len(prompt_ids)),
             arrival_s=call.arrival_s,
             priority=values.get("priority", 0),
             deadline_s=_deadline(call.arrival_s, values.get("deadline_ms", 0), timeout_us),
@@ -124,9 +124,12 @@ class Contract:
             raise refusal("stop", "no request id", "the id of the request to stop", "Send that id.")
         return StopCommand(client_id=call.client_id)
 
-    def _sampling(self, values: Mapping[str, Any]) -> SamplingParams:
+    def _sampling(self, values: Mapping[str, Any], num_prompt: int) -> SamplingParams:
         defaults = self._generation
-        min_tokens, max_tokens = values.get("min_tokens", 0), values.get("max_tokens", defaults.max_tokens)
+        min_tokens, max_tokens = values.get("min_tokens", 0), values.get("max_tokens")
+        if max_tokens is None and defaults.max_tokens is not None:
+            # At most what remains: no client is refused for a number that it did not send.
+            max_tokens = max(1, min(defaults.max_tokens, self._max_seq_len - num_prompt))
         if max_tokens is not None and min_tokens > max_tokens:
             raise refusal("min_tokens", min_tokens, f"at most max_tokens={max_tokens}", "Lower it or raise max_tokens.")
         top_logprobs = values.get("top_logprobs", 0)
@@ -224,6 +227,9 @@ def _read_parameters(call: Call) -> int:
 
 
 def _unknown(what: str, name: str) -> RequestError:
+    if name in INPUTS:  # /generate makes it a parameter where the called model, an ensemble, lacks the input
+        do = "Send it as an input, to deepseek_v3 where the ensemble has none of that name."
+        return refusal(name, "a request parameter", "a tensor", do)
     near = difflib.get_close_matches(name, INPUTS, n=1, cutoff=0.0)[0]
     return RequestError(
         f"unknown {what} {name[:80]!r}: need a name that this model declares. Did you mean {near!r}?", ErrorKind.INVALID

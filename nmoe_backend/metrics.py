@@ -198,22 +198,19 @@ class Metrics:
         self._series[name, ""].set(value)
 
 
-class Measured(Protocol):
-    """What the pusher asks (an Orchestrator)."""
-
-    def stats(self) -> EngineStats:
-        """A snapshot."""
-
-    def is_alive(self) -> bool:
-        """Whether the heartbeat is young."""
-
-
 class MetricsPusher:
-    """The thread that pushes."""
+    """The thread that pushes. `stats` and `is_alive` are asked for every push."""
 
-    def __init__(self, metrics: Metrics, engine: Measured, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        stats: Callable[[], EngineStats],
+        is_alive: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._metrics = metrics
-        self._engine = engine
+        self._stats = stats
+        self._is_alive = is_alive
         self._clock = clock
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="metrics")
@@ -231,7 +228,7 @@ class MetricsPusher:
         stopping = False
         while not stopping:
             stopping = self._stopping.wait(PUSH_INTERVAL_S)
-            self._metrics.push(self._engine.stats(), self._engine.is_alive(), self._clock())
+            self._metrics.push(self._stats(), self._is_alive(), self._clock())
 
 
 def _totals(stats: EngineStats) -> dict[tuple[str, str], float]:

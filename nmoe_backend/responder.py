@@ -230,7 +230,10 @@ class Responder:
         stream.release()
 
     def poll(self) -> None:
-        """One tick: ask some of the live streams whether their clients are gone."""
+        """One tick: ask some of the live streams whether their clients are gone.
+
+        Who is gone is asked again until its final response: a cancellation may come before the engine has the request.
+        """
         polls = max(MIN_POLLS_PER_TICK, -(-len(self._poll_queue) // POLL_ROUND_TICKS))
         for _ in range(min(polls, len(self._poll_queue))):
             stream = self._poll_queue.popleft()
@@ -240,8 +243,7 @@ class Responder:
                 is_gone = stream.channel.is_cancelled()
             if is_gone:
                 self._requests.cancel(stream.request_id)  # the engine closes its sink, and so it ends with FINAL
-            else:
-                self._poll_queue.append(stream)
+            self._poll_queue.append(stream)
 
     def _send(self, stream: Stream, chunk: Chunk, found_stop: bool) -> None:
         final = chunk.finish_reason is not None
@@ -255,11 +257,12 @@ class Responder:
             self._lose(stream, error)
             return
         now = self._clock()
-        if stream.last_sent_s is None:
-            self._observer.first_tokens(now - stream.arrival_s)
-        elif chunk.token_ids:
-            self._observer.more_tokens(now - stream.last_sent_s, len(chunk.token_ids))
-        stream.last_sent_s = now
+        if chunk.token_ids:
+            if stream.last_sent_s is None:
+                self._observer.first_tokens(now - stream.arrival_s)
+            else:
+                self._observer.more_tokens(now - stream.last_sent_s, len(chunk.token_ids))
+            stream.last_sent_s = now
         if final:
             self._observer.ended(now - stream.arrival_s, None)
 

@@ -125,3 +125,20 @@ def test_a_killed_stub_ends_the_server(serve: Callable[[str], Serve]) -> None:
     for pid in stubs:
         os.kill(pid, signal.SIGKILL)
     assert_ends_within_5_s(one, group, prefix)
+
+
+def test_dead_senders_end_the_server(serve: Callable[[str], Serve]) -> None:
+    one = serve(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from perf.scripted import scripted_model\n"
+        "class TritonPythonModel(scripted_model()):\n"
+        "    def execute(self, requests):\n"
+        "        if any(one.name() == 'ignore_eos' for one in requests[0].inputs()):  # ours, not the launcher's\n"
+        "            for _ in range(4):\n"
+        "                self._responder._ready.put(object())  # no stream: each ends a sender's thread\n"
+        "        return super().execute(requests)\n"
+    )
+    group = one.server()
+    prefix = prefix_of(group)
+    assert one.generate(max_tokens=3) == 0  # nobody is left to answer: the connection breaks with the server
+    assert_ends_within_5_s(one, group, prefix)

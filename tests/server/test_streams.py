@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,49 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from nmoe_backend import warmup
 from nmoe_backend.config import ServeConfig
 from nmoe_backend.orchestrator import Orchestrator
 from nmoe_backend.text import Text
-from nmoe_backend.types import FinishReason, Request, RequestError, SamplingParams, TokenLogprobs
+from nmoe_backend.types import SamplingParams
 from perf.scripted import benchmark_table, write_repository
+from tests.generation import Collected, engine_of, request_of, tokens
 from tests.server.client import Stream
 from tests.triton_server import TritonServer, write_config
 
 NUM_STREAMS = 64
 
 
-class Collector:
-    """A TokenSink that keeps the ids."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.ended = threading.Event()
-
-    def put(
-        self, token_id: int, logprobs: TokenLogprobs | None = None, finish_reason: FinishReason | None = None
-    ) -> None:
-        self.ids.append(token_id)
-        if finish_reason is not None:
-            self.ended.set()
-
-    def put_prompt_logprobs(self, logprobs: list[TokenLogprobs]) -> None:
-        raise AssertionError("nobody asked for prompt logprobs")
-
-    def put_embedding(self, embedding: list[float]) -> None:
-        raise AssertionError("nobody asked for an embedding")
-
-    def close(self, finish_reason: FinishReason, error: RequestError | None = None) -> None:
-        raise AssertionError(f"{finish_reason}: {error}")
-
-
 @pytest.fixture(scope="module")
 def offline(config_path: Path) -> Iterator[Orchestrator]:
     """The same engine in this process, without Triton."""
     threads = torch.get_num_threads()
-    orchestrator = warmup.start(ServeConfig.from_toml(config_path), lambda _: None)
-    yield orchestrator
-    orchestrator.close()
+    with engine_of(ServeConfig.from_toml(config_path)) as orchestrator:
+        yield orchestrator
     torch.set_num_threads(threads)
 
 
@@ -77,15 +51,11 @@ def test_64_concurrent_streams_get_exactly_the_offline_tokens(
     temperatures = [rng.choice([0.0, 1.0]) for _ in range(NUM_STREAMS)]
 
     def by_engine() -> list[list[int]]:
-        sinks = [Collector() for _ in prompts]
+        sinks = [Collected() for _ in prompts]
         for index, sink in enumerate(sinks):
             sampling = SamplingParams(max_tokens=lengths[index], temperature=temperatures[index], seed=index)
-            offline.submit(
-                Request(request_id=index, prompt_ids=prompts[index], sampling=sampling, arrival_s=time.monotonic()),
-                sink,
-            )
-        assert all(sink.ended.wait(120) for sink in sinks)
-        return [sink.ids for sink in sinks]
+            offline.submit(request_of(prompts[index], sampling), sink)
+        return tokens(sink.result() for sink in sinks)
 
     def by_server(index: int) -> None:
         model = ("deepseek_v3", "ensemble")[index % 2]

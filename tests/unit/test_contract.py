@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -367,6 +368,27 @@ def test_an_undeclared_tensor_is_refused_with_the_nearest_name(text: Text) -> No
     )
     with pytest.raises(RequestError, match="unknown input 'text_inputs'.*Did you mean 'text_input'"):
         make_contract(text).parse(unknown)
+
+
+def test_an_input_that_the_ensemble_lacks_names_the_model_that_has_it(text: Text) -> None:
+    with pytest.raises(RequestError, match="prompt_logprobs: got a request parameter, need a tensor.*deepseek_v3"):
+        parse(text, text_input="a", parameters='{"prompt_logprobs": 2}')
+
+
+def test_a_default_max_tokens_is_cut_to_what_remains_and_a_given_one_is_not(text: Text) -> None:
+    contract = Contract(
+        text,
+        replace(GENERATION, max_tokens=MAX_SEQ_LEN - 10),
+        vocab_size=VOCAB_SIZE,
+        max_seq_len=MAX_SEQ_LEN,
+        exclude_input_in_output=True,
+        allow_stop_by_id=False,
+    )
+    for num_prompt, default in ((5, MAX_SEQ_LEN - 10), (MAX_SEQ_LEN - 4, 4), (MAX_SEQ_LEN, 1), (2 * MAX_SEQ_LEN, 1)):
+        for given, expected in (({}, default), ({"max_tokens": 1000}, 1000)):
+            parsed = contract.parse(call(input_ids=[5] * num_prompt, **given))
+            assert isinstance(parsed, ParsedRequest)
+            assert parsed.request.sampling.max_tokens == expected
 
 
 # --- what goes out

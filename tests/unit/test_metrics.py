@@ -122,18 +122,10 @@ def test_inter_token_latency_is_a_bounded_seeded_sample_with_exact_totals() -> N
     assert sum(samples[0]) / len(samples[0]) == pytest.approx(0.375, rel=0.15)
 
 
-class FakeEngine:
-    def stats(self) -> EngineStats:
-        return stats(steps_total=11)
-
-    def is_alive(self) -> bool:
-        return True
-
-
 def test_the_pusher_pushes_a_last_time_when_it_stops() -> None:
     registry = FakeRegistry()
     metrics = Metrics(registry)
-    pusher = MetricsPusher(metrics, FakeEngine())
+    pusher = MetricsPusher(metrics, lambda: stats(steps_total=11), lambda: True)
     pusher.start()
     metrics.first_tokens(0.1)
     pusher.stop()

@@ -85,3 +85,48 @@ def test_a_bug_in_one_request_leaves_the_others_of_the_call(face: ModuleType) ->
         [("NOT_FOUND", 1)],
     ]
     assert refused == [ErrorKind.ENGINE, ErrorKind.INVALID, ErrorKind.NOT_FOUND]
+
+
+def face_model(face: ModuleType, submit: object) -> tuple[object, list[object], list[ErrorKind]]:
+    """The model over a contract that lets everything through; what was discarded, what was refused."""
+    discarded: list[object] = []
+    refused: list[ErrorKind] = []
+    model = face.TritonPythonModel()
+    model._contract = SimpleNamespace(parse=lambda call: SimpleNamespace(request=call))
+    model._metrics = SimpleNamespace(refused=refused.append)
+    model._engine = SimpleNamespace(submit=submit)
+    model._responder = SimpleNamespace(open=lambda parsed, channel: channel, discard=discarded.append)
+    model._encoder, model._request_ids = None, iter(range(9))
+    return model, discarded, refused
+
+
+def test_a_bug_behind_an_open_stream_leaves_no_stream(face: ModuleType) -> None:
+    def submit(request: object, stream: object) -> None:
+        raise ZeroDivisionError
+
+    model, discarded, refused = face_model(face, submit)
+    model.execute([FakeRequest(), FakeRequest()])  # type: ignore[attr-defined]
+    assert (len(discarded), refused) == (2, [ErrorKind.ENGINE] * 2)
+
+
+def test_a_refusal_that_cannot_be_delivered_leaves_the_others_of_the_call(face: ModuleType) -> None:
+    def submit(request: object, stream: object) -> None:
+        raise RequestError("full", ErrorKind.OVERLOADED)
+
+    def broken(response: object, flags: int) -> None:
+        raise sys.modules["triton_python_backend_utils"].TritonModelException("the sender is closed")
+
+    model, discarded, refused = face_model(face, submit)
+    gone, present = FakeRequest(), FakeRequest()
+    gone.sender.send = broken  # type: ignore[method-assign]
+    model.execute([gone, present])  # type: ignore[attr-defined]
+    assert [(sent.error.code, flags) for sent, flags in present.sender.sent] == [("UNAVAILABLE", 1)]
+    assert (len(discarded), refused) == (2, [ErrorKind.OVERLOADED] * 2)
+
+
+def test_a_dead_sender_turns_the_model_not_ready(face: ModuleType) -> None:
+    model = face.TritonPythonModel()
+    for engine, responder in ((True, True), (True, False), (False, True)):
+        model._engine = SimpleNamespace(is_alive=lambda alive=engine: alive)
+        model._responder = SimpleNamespace(is_alive=lambda alive=responder: alive)
+        assert model.is_ready() is (engine and responder)

@@ -263,6 +263,7 @@ def test_an_embedding_and_a_request_for_no_token_end_with_one_response(desk: Des
     stream.close("length")
     desk.responder.serve(stream)
     assert (channel.text(), channel.chunks[0].finish_reason) == ("", "length")
+    assert (desk.observer.first, desk.observer.ends) == ([], [None, None]), "no token, no time to the first one"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +314,7 @@ def test_every_live_stream_is_polled_within_a_second_on_a_fixed_budget(text: Tex
     channels[-1].gone = True
     for _ in range(10):
         desk.responder.poll()
-    assert desk.engine.cancelled == [streams[-1].request_id]
+    assert set(desk.engine.cancelled) == {streams[-1].request_id}
 
 
 def test_the_final_response_waits_for_a_poll_that_is_under_way(text: Text) -> None:
@@ -350,6 +351,20 @@ def test_polling_forgets_streams_that_ended(desk: Desk) -> None:
     desk.responder.serve(stream)
     desk.responder.poll()
     assert channel.polls == 0
+    assert not desk.responder._poll_queue
+
+
+def test_a_client_that_left_before_the_engine_had_its_request_is_cancelled_again(desk: Desk) -> None:
+    channel = FakeChannel()
+    stream = desk.open(channel)
+    channel.gone = True
+    desk.responder.poll()  # the request is not submitted yet: the engine ignores an id that it does not know
+    desk.responder.poll()
+    assert desk.engine.cancelled == [stream.request_id] * 2
+    stream.close("cancelled")
+    desk.responder.serve(stream)
+    desk.responder.poll()
+    assert channel.polls == 2
     assert not desk.responder._poll_queue
 
 

@@ -61,7 +61,7 @@ class TritonPythonModel:
         gc.freeze()  # what was loaded stays: a full collection over torch's objects would stop a step for tens of ms
         self._responder = Responder(text, self._engine, self._metrics)
         self._responder.start()
-        self._pusher = MetricsPusher(self._metrics, self._engine)
+        self._pusher = MetricsPusher(self._metrics, self._engine.stats, self.is_ready)
         self._pusher.start()
 
     def execute(self, requests: list[Any]) -> None:
@@ -71,16 +71,18 @@ class TritonPythonModel:
             try:
                 self._accept(request, channel, arrival_s)
             except RequestError as error:
-                self._metrics.refused(error.kind)
-                channel.fail(error)
+                self._refuse(channel, error)
+            except ChannelError as error:
+                _LOG.info("the answer to a stop command could not be delivered: %s", error)
             except Exception:  # noqa: BLE001 - see below
                 # A bug of ours in one request: it gets its final response, and the rest of this call is served.
                 _LOG.exception("a request could not be read")
-                self._metrics.refused(ErrorKind.ENGINE)
-                channel.fail(RequestError("the request could not be read: see the server's log", ErrorKind.ENGINE))
+                text = "the request could not be read: see the server's log"
+                self._refuse(channel, RequestError(text, ErrorKind.ENGINE))
 
     def is_ready(self) -> bool:
-        """Asked by newer servers for /v2/health. 2.51 does not ask: there `nmoe serve` watches the heartbeat metric."""
+        """Asked by newer servers for /v2/health. 2.51 does not ask: there `nmoe serve` watches the heartbeat metric,
+        which is pushed while this says yes: streams also hang when a sender is dead."""
         return self._engine.is_alive() and self._responder.is_alive()
 
     def finalize(self) -> None:
@@ -113,9 +115,17 @@ class TritonPythonModel:
         stream = self._responder.open(parsed, channel)
         try:
             self._engine.submit(parsed.request, stream)
-        except RequestError:
+        except BaseException:  # a bug of ours too: a stream that stays would be polled behind its final response
             self._responder.discard(stream)
             raise
+
+    def _refuse(self, channel: _Channel, error: RequestError) -> None:
+        """The only response, an error; a client that is gone does not keep the others of its call waiting."""
+        self._metrics.refused(error.kind)
+        try:
+            channel.fail(error)
+        except ChannelError as failure:
+            _LOG.info("a refusal could not be delivered: %s", failure)
 
 
 class _Channel:
