@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,6 +112,17 @@ def test_a_client_that_disconnects_frees_its_pages_within_a_second(triton: Trito
     wait_until(lambda: pages() == 0, 1.0)
     wait_until(lambda: triton.metric("nmoe_request_errors_total", kind="cancelled") == before + 4, 5.0)
     assert triton.metric("nmoe_requests_running") == 0
+
+
+def test_an_http_stream_that_disconnects_frees_its_pages_within_a_second(triton: TritonServer) -> None:
+    body = {"input_ids": list(range(3, 103)), "max_tokens": 900, "temperature": 0.0, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(
+        f"http://{triton.http}/v2/models/deepseek_v3/generate_stream", json.dumps(body).encode()
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.readline().startswith(b"data: ")
+        wait_until(lambda: triton.metric("nmoe_kv_cache_utilization_percent") > 0, 5.0)
+    wait_until(lambda: triton.metric("nmoe_kv_cache_utilization_percent") == 0, 1.0)
 
 
 def test_requests_with_one_tensor_set_batch_and_mixed_sets_are_all_answered(triton: TritonServer) -> None:
