@@ -20,6 +20,8 @@ the softmax, two "values" ones hold 64 x 256 accumulators each; the first of the
 stage's rope keys, which are dead by then.
 """
 
+# A jit function has no types that mypy knows; launchers are typed.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import math

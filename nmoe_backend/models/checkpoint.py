@@ -76,12 +76,6 @@ def open_rank(model_path: Path, spec: ModelSpec, rank: int, world_size: int) -> 
     return _open_hub(model_path, spec, params)
 
 
-def checkpoint_bytes(model_path: Path, spec: ModelSpec, world_size: int) -> int:
-    """Bytes of one rank's tensors as stored (fp8 stays 1 byte a weight; fp32 parameters count 4)."""
-    checkpoint = open_rank(model_path, spec, 0, world_size)
-    return sum(_stored_bytes(param, piece) for param in checkpoint.params for piece in checkpoint.pieces(param))
-
-
 def hub_files(model_path: Path) -> list[Path]:
     """The weight files of a checkpoint in the hub's form. Raises ConfigError when one is missing or there is none."""
     index = model_path / INDEX_FILE
@@ -181,13 +175,6 @@ def _is_mtp(name: str, spec: ModelSpec) -> bool:
 def _sharded_worlds(model_path: Path) -> list[int]:
     matches = (_SHARDED_FILE.fullmatch(path.name) for path in model_path.glob("model*-mp*.safetensors"))
     return sorted({int(match[2]) for match in matches if match})
-
-
-def _stored_bytes(param: ParamSpec, piece: TensorInfo) -> int:
-    if not param.float32 or piece.dtype == "F32":
-        return piece.num_bytes
-    assert piece.dtype in ("BF16", "F16"), piece.dtype
-    return 2 * piece.num_bytes
 
 
 def _raise_if_any(model_path: Path, spec: ModelSpec, problems: list[str]) -> None:

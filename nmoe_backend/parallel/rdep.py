@@ -62,11 +62,6 @@ class RdepShape:
     dtype: torch.dtype  # of a sent row
     pass_rows: int  # received rows that the experts see at once; bounds their intermediate memory
 
-    def buffer_bytes(self, world_size: int) -> int:
-        """Bytes of one rank's buffers: received rows, ids and weights, and returned rows."""
-        slot = self.hidden_size * (self.dtype.itemsize + 4) + self.top_k * 8
-        return world_size * self.max_tokens * slot
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RdepBuffers:

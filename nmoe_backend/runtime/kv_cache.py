@@ -13,11 +13,6 @@ from nmoe_backend.models.spec import ModelSpec
 from nmoe_backend.types import ConfigError
 
 
-def bytes_per_page(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes that one page takes over all layers of a rank."""
-    return page_size * sum(layer.bytes_per_token(dtype.itemsize) for layer in cache_specs(spec))
-
-
 class KVCache:
     """Allocates at load and never again. Used by its rank's thread only."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from nmoe_backend import memory, models, warmup
 from nmoe_backend.convert import convert
 from nmoe_backend.parallel.ranks import RankGroup
+from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.runtime.weights import load_rank_weights
 from scripts.make_tiny_checkpoint import PRESETS, make_checkpoint
 from tests.gates.replica import Driver, Generated, Replica, weight_bytes_of
@@ -85,7 +86,7 @@ def _rank_of_a_gpu(path: Path, rank: int, world_size: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["tiny", "slim"])
 @pytest.mark.parametrize("device_name", ["cuda", "cpu"])
 def test_the_budget_says_what_the_warm_up_loads(fp8_checkpoints, tmp_path, name, world_size, device_name):
-    """Weights within 1 %, exchange buffers to the byte; the model that warmup builds for a GPU, built on the CPU."""
+    """Weights within 1 %, exchange buffers and pages to the byte; what warmup builds for a GPU, on the CPU."""
     path = fp8_checkpoints[name]
     config = serve_config(tmp_path, path, world_size, device=device_name, dtype="auto")
     dims, spec = memory.model_dims(config), models.load_spec(path)
@@ -95,3 +96,5 @@ def test_the_budget_says_what_the_warm_up_loads(fp8_checkpoints, tmp_path, name,
     assert memory.weight_bytes(config, dims, world_size) == pytest.approx(weight_bytes_of(model), rel=0.01)
     exchanged = sum(tensor.nbytes for tensor in (buffers.payload, buffers.ids, buffers.weights, buffers.returned))
     assert memory.transport_bytes(config, dims, world_size) == exchanged
+    cache = KVCache(spec, 3, config.kv_layout.page_size, torch.bfloat16, torch.device("cpu"))
+    assert 3 * memory.page_bytes(config, dims) == sum(layer.nbytes for layer in cache.layers)

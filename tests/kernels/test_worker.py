@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from nmoe_backend.runtime.kv_cache import KVCache, bytes_per_page
+from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.types import ConfigError, RankError, RankPlan, SamplingParams, SlotInit
 from tests.gates.replica import Replica, limits_for
 
@@ -115,15 +115,6 @@ def test_closing_releases_cache_and_buffers(tiny_model):
     assert [ref() for ref in held] == [None, None]
     with pytest.raises(RankError, match="closed"):
         replica.workers[0].execute(None)
-
-
-def test_bytes_per_page_is_what_the_cache_takes(tiny_model):
-    spec = Replica(tiny_model, 1).spec
-    for dtype, page_size in ((torch.float32, 16), (torch.bfloat16, 64)):
-        cache = KVCache(spec, 3, page_size, dtype, torch.device("cpu"))
-        assert sum(layer.nbytes for layer in cache.layers) == 3 * bytes_per_page(spec, page_size, dtype)
-        # 32 latent and 16 rope values, 3 layers
-        assert bytes_per_page(spec, page_size, dtype) == page_size * 48 * 3 * dtype.itemsize
 
 
 def test_a_page_size_outside_16_to_64_is_an_error(tiny_model):

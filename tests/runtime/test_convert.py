@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from nmoe_backend import convert as convert_module, models
 from nmoe_backend.convert import convert, main
-from nmoe_backend.models.checkpoint import checkpoint_bytes, open_rank, sharded_file, source_shape
+from nmoe_backend.models.checkpoint import open_rank, sharded_file, source_shape
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.safetensors_header import encode_header
 from nmoe_backend.types import ConfigError
@@ -107,12 +107,6 @@ def test_config_tokenizer_and_generation_config_are_copied(checkpoints, converte
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (converted["fp8"] / name).read_bytes() == (checkpoints["fp8"] / name).read_bytes()
     assert not [path.name for path in converted["fp8"].iterdir() if path.suffix in (".journal", ".partial", ".tmp")]
-
-
-def test_rank_bytes_are_the_same_before_and_after(checkpoints, converted):
-    for dtype, path in checkpoints.items():
-        spec = models.load_spec(path)
-        assert checkpoint_bytes(path, spec, WORLD) == checkpoint_bytes(converted[dtype], spec, WORLD)
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,6 @@ class CacheSpec:
 
     width: int
 
-    def bytes_per_token(self, itemsize: int) -> int:
-        return self.width * itemsize
-
 
 class Attention(Protocol):
     """One layer's attention. `cache_spec(spec)`, a static method beside it, sizes the cache before loading."""
