@@ -9,7 +9,6 @@ Relative paths in a TOML are relative to the folder of that TOML, so a start doe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from types import MappingProxyType
 from typing import Literal, cast
 
 from nmoe_backend import environ
+from nmoe_backend.generation import GenerationDefaults, generation_defaults, read_model_config
 from nmoe_backend.toml_table import Table, read_toml
 from nmoe_backend.types import ConfigError, EngineLimits
 
@@ -30,7 +30,6 @@ PAGE_SIZES = (16, 32, 64)  # the kernels' tile heights
 _TOP_TABLES = ("kv_layout", "replicas", "generation", "benchmark")
 _KV_KEYS = ("kv_lora_rank", "qk_rope_head_dim", "num_layers", "page_size")
 _REPLICA_KEYS = ("replica_id", "gpus", "role")
-_MAX_FP32 = 3.4028234663852886e38  # the type that a penalty is applied in
 _PORTS = ("http_port", "grpc_port", "metrics_port", "openai_port")
 
 
@@ -61,20 +60,6 @@ class ReplicaConfig:
     def is_virtual(self) -> bool:
         """All ranks on one GPU: right but slow, for checks on a machine with fewer GPUs than ranks."""
         return len(self.gpus) > 1 and len(set(self.gpus)) == 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationDefaults:
-    """What a request that does not say gets: generation_config.json, overridden by the TOML's [generation]."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    max_tokens: int | None = None  # None: whatever remains of max_seq_len
-    eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,28 +154,6 @@ def pages_per_sequence(config: ServeConfig) -> int:
     return -(-config.max_seq_len // config.kv_layout.page_size)
 
 
-def read_json(path: Path, remedy: str) -> dict[str, object]:
-    """A JSON object from a model's folder; a ConfigError with the remedy where it is missing or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}. {remedy}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}. {remedy}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds {type(value).__name__}, needs an object. {remedy}")
-    return value
-
-
-def read_model_config(model_path: Path) -> dict[str, object]:
-    """The model's config.json."""
-    return read_json(
-        model_path / "config.json",
-        "model_path must be a checkpoint folder with config.json, *.safetensors and tokenizer.json "
-        "(scripts/make_tiny_checkpoint.py writes a tiny one).",
-    )
-
-
 def _read(top: Table, model: Table, source: Path, env: Mapping[str, str]) -> ServeConfig:
     """Every key by itself; what two keys say together is checked afterwards."""
     model_path = Path(model.source).parent
@@ -220,7 +183,7 @@ def _read(top: Table, model: Table, source: Path, env: Mapping[str, str]) -> Ser
         torch_extensions_dir=_path(top, "torch_extensions_dir", source, environ.cache_dir(env)),
         kv_layout=_kv_layout(top, model),
         replicas=_replicas(top),
-        generation=_generation(top, model, model_path, vocab_size),
+        generation=generation_defaults(top, model, model_path, vocab_size, _SCALARS),
         vocab_size=vocab_size,
         benchmark=_benchmark(top),
     )
@@ -282,65 +245,6 @@ def _replicas(top: Table) -> tuple[ReplicaConfig, ...]:
         role = cast(Role, table.choice("role", ("prefill", "decode", "both"), "both"))
         replicas.append(ReplicaConfig(replica_id=table.integer("replica_id"), gpus=gpus, role=role))
     return tuple(replicas)
-
-
-def _generation(top: Table, model: Table, model_path: Path, vocab_size: int) -> GenerationDefaults:
-    """The TOML wins over generation_config.json, which wins over config.json (token ids only)."""
-    toml = Table(top.get("generation") or {}, top.source, "generation")
-    toml.require_known(tuple(GenerationDefaults.__dataclass_fields__), _SCALARS)
-    path = model_path / "generation_config.json"
-    values = read_json(path, "Restore the file from the checkpoint, or delete it.") if path.exists() else {}
-    hub = Table({key: value for key, value in values.items() if value is not None}, str(path))
-    greedy = hub.get("do_sample") is False
-    return GenerationDefaults(
-        temperature=toml.number("temperature", 0.0 if greedy else hub.number("temperature", 1.0, low=0.0), low=0.0),
-        top_p=toml.number(
-            "top_p", hub.number("top_p", 1.0, low=0.0, high=1.0, open_low=True), low=0.0, high=1.0, open_low=True
-        ),
-        top_k=toml.integer("top_k", hub.integer("top_k", 0)),
-        repetition_penalty=toml.number(
-            "repetition_penalty",
-            hub.number("repetition_penalty", 1.0, low=0.0, high=_MAX_FP32, open_low=True),
-            low=0.0,
-            high=_MAX_FP32,
-            open_low=True,
-        ),
-        max_tokens=_max_tokens(toml, hub),
-        eos_token_ids=_eos_token_ids(toml, (hub, model), vocab_size),
-        bos_token_id=_token_id((toml, hub, model), "bos_token_id", vocab_size),
-        pad_token_id=_token_id((toml, hub, model), "pad_token_id", vocab_size),
-    )
-
-
-def _max_tokens(toml: Table, hub: Table) -> int | None:
-    if toml.has("max_tokens"):
-        return toml.integer("max_tokens", low=1)
-    return hub.integer("max_new_tokens", low=1) if hub.has("max_new_tokens") else None
-
-
-def _eos_token_ids(toml: Table, model_files: tuple[Table, ...], vocab_size: int) -> tuple[int, ...]:
-    if toml.has("eos_token_ids"):
-        table, key, ids = toml, "eos_token_ids", toml.integers("eos_token_ids")
-    else:
-        key = "eos_token_id"
-        found = next((candidate for candidate in model_files if candidate.get(key) is not None), None)
-        if found is None:
-            raise toml.error(
-                "eos_token_ids",
-                "is missing, and neither generation_config.json nor config.json names an eos_token_id. Add it.",
-            )
-        table = found
-        ids = table.integers(key) if isinstance(table.get(key), list) else (table.integer(key),)
-    if not ids or max(ids) >= vocab_size:
-        raise table.error(key, f"is {list(ids)}, needs at least one id, all below vocab_size = {vocab_size}.")
-    return ids
-
-
-def _token_id(tables: tuple[Table, ...], key: str, vocab_size: int) -> int | None:
-    for table in tables:
-        if table.get(key) is not None:
-            return table.integer(key, high=vocab_size - 1)
-    return None
 
 
 def _benchmark(top: Table) -> Mapping[str, object]:

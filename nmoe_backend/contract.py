@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from nmoe_backend.config import GenerationDefaults
 from nmoe_backend.contract_inputs import INPUTS, Array, read_tensor, refusal
 from nmoe_backend.contract_outputs import OUTPUTS
+from nmoe_backend.generation import GenerationDefaults
 from nmoe_backend.text import Text
 from nmoe_backend.types import ErrorKind, Request, RequestError, SamplingParams
 

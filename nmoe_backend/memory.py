@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from nmoe_backend.config import ReplicaConfig, ServeConfig, pages_per_sequence, read_model_config
+from nmoe_backend.config import ReplicaConfig, ServeConfig, pages_per_sequence
+from nmoe_backend.generation import read_model_config
 from nmoe_backend.toml_table import Table
 from nmoe_backend.types import ConfigError
 

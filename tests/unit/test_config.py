@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nmoe_backend.config import GenerationDefaults, ReplicaConfig, ServeConfig, engine_limits
+from nmoe_backend.config import ReplicaConfig, ServeConfig, engine_limits
+from nmoe_backend.generation import GenerationDefaults
 from nmoe_backend.toml_table import render_toml
 from nmoe_backend.types import ConfigError
 from tests.model_folder import DEEPSEEK_V3, TINY, write_model_folder, write_toml

@@ -12,10 +12,10 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from nmoe_backend.config import GenerationDefaults
 from nmoe_backend.contract import Call, Contract, ParsedRequest, StopCommand
 from nmoe_backend.contract_inputs import INPUTS, NUMPY_TYPES
 from nmoe_backend.contract_outputs import OUTPUTS, Chunk, ResponseEncoder
+from nmoe_backend.generation import GenerationDefaults
 from nmoe_backend.text import Text
 from nmoe_backend.types import ErrorKind, RequestError, SamplingParams, TokenLogprobs
 from tests.unit.test_text import BOS, make_folder
