@@ -22,6 +22,7 @@ from nmoe_backend.types import ConfigError
 def examine(config: ServeConfig) -> list[Finding]:
     """All checks for one config on this machine."""
     findings = [
+        *_check_roles(config),
         doctor_host.check_python(sys.version_info[:2]),
         *doctor_host.check_packages(doctor_host.package_versions(), config.device),
         doctor_host.check_server(config.torch_extensions_dir),
@@ -75,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(report(findings))
     return code
+
+
+def _check_roles(config: ServeConfig) -> list[Finding]:
+    """What warm-up would refuse, before gigabytes are read."""
+    roles = sorted({replica.role for replica in config.replicas} - {"both"})
+    if not roles:
+        return []
+    text = f"replicas have the role {' and '.join(roles)}; prefill and decode cannot be split yet"
+    return [fail("roles", text, 'Use role = "both" in every [[replicas]].')]
 
 
 def _ranks(config: ServeConfig) -> str:

@@ -294,3 +294,11 @@ def test_a_warning_is_no_failure() -> None:
     findings = [Finding("a", "ok", "fine"), Finding("b", "warn", "odd", "look")]
     assert doctor.exit_code(findings) == 0
     assert doctor.report(findings) == "  ok  a: fine\nwarn  b: odd\n      -> look"
+
+
+def test_roles_that_warm_up_would_refuse_fail(tiny: ServeConfig) -> None:
+    split = [dataclasses.replace(tiny.replicas[0], role=role) for role in ("prefill", "decode")]
+    findings = doctor.examine(dataclasses.replace(tiny, replicas=tuple(split)))
+    (finding,) = [finding for finding in findings if finding.name == "roles"]
+    assert_fails(finding, "decode and prefill", 'role = "both"')
+    assert "roles" not in statuses(doctor.examine(tiny))
