@@ -5,7 +5,7 @@ decoupled request would have to share one stream of responses. The engine checks
 against max_seq_len, prompt ids against the vocabulary, the queue, adapters.
 
 What is asked for follows from the outputs too: a request that names the output `embedding` and neither `text_output`
-nor `output_ids` is an embedding; every other one generates, and gets an empty `embedding` where it asked for all
+nor `output_ids` is an embedding; every other one generates, and gets one zero as `embedding` where it asked for all
 outputs.
 """
 

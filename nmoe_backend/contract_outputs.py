@@ -108,9 +108,9 @@ class ResponseEncoder(threading.local, Generic[TensorT]):
         return self._constant(name, value, lambda: _bytes(value))
 
     def _none(self, name: str) -> TensorT:
-        """An empty array of this output's type."""
+        """One zero: of an empty tensor perf_analyzer reads what lies behind it, and its JSON export fails on a NaN."""
         dtype, dims = OUTPUTS[name]
-        shape = (1, *(0 if dim == -1 else dim for dim in dims))
+        shape = (1, *(1 if dim == -1 else dim for dim in dims))
         return self._constant(name, "", lambda: np.zeros(shape, NUMPY_TYPES[dtype]))
 
     def _cum_log_probs(self, name: str, chunk: Chunk) -> TensorT:

@@ -459,3 +459,11 @@ def test_constant_tensors_are_made_once(text: Text) -> None:
         "text_output",
         "output_ids",
     ]
+
+
+def test_no_float_tensor_is_ever_empty(text: Text) -> None:
+    """perf_analyzer reads what lies behind an empty one."""
+    chunk = Chunk(text="", token_ids=(), num_input_tokens=3)
+    for name, array in encoder(text).encode(chunk, list(OUTPUTS)):
+        if array.dtype == np.float32:
+            assert array.tolist() in ([[0.0]], [[[0.0]]]), name
