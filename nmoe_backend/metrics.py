@@ -213,7 +213,8 @@ class MetricsPusher:
         self._is_alive = is_alive
         self._clock = clock
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="metrics")
+        # A daemon: where the server was killed a push never returns, and must not keep the process from ending.
+        self._thread = threading.Thread(target=self._loop, name="metrics", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""

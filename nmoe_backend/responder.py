@@ -177,8 +177,9 @@ class Responder:
         self._live: dict[int, Stream] = {}
         self._poll_queue: deque[Stream] = deque()
         self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._send_loop, name=f"sender-{i}") for i in range(num_senders)]
-        self._threads.append(threading.Thread(target=self._poll_loop, name="cancel-poll"))
+        # Daemons: in a process whose server was killed a send never returns, and must not keep the process from ending.
+        loops = [(self._send_loop, f"sender-{i}") for i in range(num_senders)] + [(self._poll_loop, "cancel-poll")]
+        self._threads = [threading.Thread(target=loop, name=name, daemon=True) for loop, name in loops]
 
     def start(self) -> None:
         """Start the threads."""

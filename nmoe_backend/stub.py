@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import json
+import os
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,6 +46,25 @@ def print_lines_at_once() -> None:
     """The stub ignores PYTHONUNBUFFERED, and its output is a pipe: progress would come out when the server ends."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
+
+
+def end_with_server(poll_s: float = 1.0, limit_s: float = 120.0) -> None:
+    """Start a thread that ends this process once its server is gone.
+
+    Without `finalize` the stub may hang for ever then, in C++ with the interpreter's lock, because tensors of ours are
+    left in its shared memory: it would hold the GPU.
+    Where the thread itself gets no turn for `limit_s`, faulthandler's watchdog, which needs no lock, ends the process.
+    (A parent-death signal would come too early: it belongs to the server's thread that started the stub.)
+    """
+    server = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == server:
+            faulthandler.dump_traceback_later(limit_s, exit=True)
+            time.sleep(poll_s)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="server-watch", daemon=True).start()
 
 
 def check_numpy(version: str) -> None:

@@ -22,7 +22,7 @@ from perf.scripted import ROOT
 from tests.server.test_lifecycle import scripted
 from tests.triton_server import free_ports
 
-LIMIT_S = 60.0
+LIMIT_S = 20.0
 
 
 class Serve:
@@ -142,3 +142,14 @@ def test_dead_senders_end_the_server(serve: Callable[[str], Serve]) -> None:
     prefix = prefix_of(group)
     assert one.generate(max_tokens=3) == 0  # nobody is left to answer: the connection breaks with the server
     assert_ends_within_5_s(one, group, prefix)
+
+
+def test_when_the_launcher_is_killed_nothing_outlives_it(serve: Callable[[str], Serve]) -> None:
+    one = serve("")
+    group = one.server()
+    prefix = prefix_of(group)
+    one.process.kill()  # the server is killed with it, so the models never hear of an end
+    limit = time.monotonic() + LIMIT_S
+    while group_members(group) or shared_memory(prefix):
+        assert time.monotonic() < limit, f"left: {group_members(group)}, {shared_memory(prefix)}"
+        time.sleep(0.05)

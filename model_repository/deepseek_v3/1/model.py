@@ -42,6 +42,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         config = stub.load_config(args)
+        stub.end_with_server()
         text = Text(config.model_path)
         self._contract = Contract(
             text,
