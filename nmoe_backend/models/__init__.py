@@ -1,16 +1,16 @@
 """Model families: the architecture table, and the two questions that the rest of the project asks it.
 
-The only place where an architecture's name selects code. Torch-free: the doctor and the converter use it too.
+The only place where an architecture's name selects code. Torch-free: the converter uses it too.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from nmoe_backend.generation import read_model_config
 from nmoe_backend.models import deepseek_v3
 from nmoe_backend.models.spec import ModelSpec, ParamSpec
 from nmoe_backend.types import ConfigError
@@ -35,15 +35,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 def load_spec(model_path: Path) -> ModelSpec:
     """ModelSpec of the checkpoint in `model_path`, read from its config.json. Raises ConfigError."""
-    path = Path(model_path) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}. model_path must name a checkpoint folder.") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch the checkpoint again.") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds a {type(config).__name__}; it must be a JSON object.")
+    config, path = read_model_config(model_path), model_path / "config.json"
     architectures = config.get("architectures")
     known = [name for name in architectures or () if name in FAMILIES] if isinstance(architectures, list) else []
     if not known:
