@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 import socket
@@ -30,7 +31,11 @@ class Replica:
     def start(self) -> None:
         """Until it is ready."""
         self.triton.__enter__()
-        self.front.__enter__()
+        try:
+            self.front.__enter__()
+        except BaseException:
+            self.triton.process.kill()
+            raise
 
     def kill(self) -> None:
         """As a power cut."""
@@ -92,11 +97,16 @@ class Gateway:
 
     def is_up(self, backend: str, name: str) -> bool:
         """Whether the checks of that server pass and it takes traffic."""
-        for line in self.command("show stat").splitlines():
-            cells = line.split(",")
-            if cells[:2] == [backend, name]:
-                return cells[17].startswith("UP")
-        raise AssertionError(f"HAProxy knows no {backend}/{name}")
+        return self._servers()[backend, name]["status"].startswith("UP")
+
+    def is_idle(self) -> bool:
+        """Whether no server has a request, as HAProxy counts them when it balances."""
+        return all(server["scur"] == "0" for server in self._servers().values())
+
+    def _servers(self) -> dict[tuple[str, str], dict[str, str]]:
+        """(backend, server) -> HAProxy's statistics of it."""
+        rows = csv.DictReader(self.command("show stat").removeprefix("# ").splitlines())
+        return {(row["pxname"], row["svname"]): row for row in rows if row["svname"] in SERVERS}
 
 
 def program() -> str:
