@@ -1,7 +1,8 @@
 """Preflight: can this machine run this TOML? Every finding says what was found and, unless it is fine, what to do.
 
 Each check is a function of what was measured, so that a test can hand it any machine; `examine` measures. Torch is
-imported only for device = "cuda". Nothing is started; the cache folder is made if it is missing, nothing else changes.
+imported in another process, and only for device = "cuda". The cache folder is made if it is missing, nothing else
+changes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from nmoe_backend import doctor_checkpoint, doctor_gpu, doctor_host, memory
+from nmoe_backend import doctor_checkpoint, doctor_host, memory, preflight
 from nmoe_backend.config import ServeConfig
 from nmoe_backend.findings import Finding, fail, ok
 from nmoe_backend.types import ConfigError
@@ -22,7 +23,7 @@ from nmoe_backend.types import ConfigError
 def examine(config: ServeConfig) -> list[Finding]:
     """All checks for one config on this machine."""
     findings = [
-        *_check_roles(config),
+        *preflight.check_roles(config),
         doctor_host.check_python(sys.version_info[:2]),
         *doctor_host.check_packages(doctor_host.package_versions(), config.device),
         doctor_host.check_server(config.torch_extensions_dir),
@@ -33,9 +34,9 @@ def examine(config: ServeConfig) -> list[Finding]:
     ]
     dims = memory.model_dims(config)
     if config.device == "cuda":
-        facts = doctor_gpu.measure()
-        return [*findings, *doctor_gpu.check_all(config, dims, facts)]
-    return [*findings, *doctor_host.check_host_memory(config, dims, memory.host_memory_bytes())]
+        facts = preflight.measure_apart(preflight.gpu_ordinals(config))
+        return [*findings, *preflight.check_gpus(config, dims, facts)]
+    return [*findings, *preflight.check_host_memory(config, dims, memory.host_memory_bytes())]
 
 
 def load_and_examine(path: str | Path, overrides: dict[str, object]) -> list[Finding]:
@@ -60,7 +61,7 @@ def report(findings: Iterable[Finding]) -> str:
 
 def exit_code(findings: Iterable[Finding]) -> int:
     """1 when any check fails; a warning is no failure."""
-    return int(any(finding.status == "fail" for finding in findings))
+    return int(any(finding.fails for finding in findings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,15 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(report(findings))
     return code
-
-
-def _check_roles(config: ServeConfig) -> list[Finding]:
-    """What warm-up would refuse, before gigabytes are read."""
-    roles = sorted({replica.role for replica in config.replicas} - {"both"})
-    if not roles:
-        return []
-    text = f"replicas have the role {' and '.join(roles)}; prefill and decode cannot be split yet"
-    return [fail("roles", text, 'Use role = "both" in every [[replicas]].')]
 
 
 def _ranks(config: ServeConfig) -> str:

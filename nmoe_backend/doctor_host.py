@@ -1,4 +1,4 @@
-"""The doctor's checks of the host: Python, packages, server, ports, memory, write access."""
+"""The doctor's checks of the host: Python, packages, server, ports, shared memory, write access."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from nmoe_backend import memory, tritonserver
-from nmoe_backend.config import Device, ReplicaConfig, ServeConfig, pages_per_sequence
+from nmoe_backend import tritonserver
+from nmoe_backend.config import Device, ServeConfig
 from nmoe_backend.findings import Finding, fail, fail_from, ok, warn
 from nmoe_backend.types import ConfigError
 
@@ -163,38 +163,3 @@ def check_writable(folder: Path) -> Finding:
         remedy = "Set torch_extensions_dir in the TOML to a folder that you may write."
         return fail("kernel_cache", f"cannot write {folder}: {error.strerror}", remedy)
     return ok("kernel_cache", f"{folder} is writable")
-
-
-def check_host_memory(config: ServeConfig, dims: memory.ModelDims, total_available: tuple[int, int]) -> list[Finding]:
-    """device = "cpu": all ranks of all replicas share the host's memory."""
-    total, free = total_available
-    num_ranks = sum(replica.world_size for replica in config.replicas)
-    available = memory.available_bytes(config, free, total) // num_ranks
-    return [finding for replica in config.replicas for finding in check_budget(config, dims, replica, available)]
-
-
-def check_budget(config: ServeConfig, dims: memory.ModelDims, replica: ReplicaConfig, available: int) -> list[Finding]:
-    """The memory of one rank in GB, and how many sequences its KV pages hold at 2k, 8k and max_seq_len."""
-    name = f"memory[{replica.replica_id}]"
-    try:
-        num_pages = memory.resolve_num_pages(config, dims, replica, available=available, loaded=False)
-    except ConfigError as error:
-        return [fail_from(name, error)]
-    budget = memory.memory_budget(config, dims, replica, num_pages)
-    text = f"{budget.describe()}, available {available / memory.GB:.2f} GB"
-    if budget.total > available:
-        over = (budget.total - available) / memory.GB
-        remedy = f"Free {over:.2f} GB a rank, lower num_pages (0 sizes it), max_batch_size or max_prefill_tokens."
-        return [fail(name, text, remedy)]
-    return [ok(name, text), check_capacity(config, replica, num_pages)]
-
-
-def check_capacity(config: ServeConfig, replica: ReplicaConfig, num_pages: int) -> Finding:
-    """At least one sequence of max_seq_len must fit a rank."""
-    name = f"kv_capacity[{replica.replica_id}]"
-    lengths = sorted({length for length in (2048, 8192) if length < config.max_seq_len} | {config.max_seq_len})
-    counts = [f"{memory.sequences_that_fit(config, num_pages, length)} x {length}" for length in lengths]
-    text = f"{num_pages} pages of {config.kv_layout.page_size} tokens a rank hold {' or '.join(counts)} tokens"
-    if memory.sequences_that_fit(config, num_pages, config.max_seq_len) < 1:
-        return fail(name, text, f"Raise num_pages to >= {pages_per_sequence(config)} or lower max_seq_len.")
-    return ok(name, text)

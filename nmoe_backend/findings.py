@@ -19,6 +19,11 @@ class Finding:
     message: str
     remedy: str = ""
 
+    @property
+    def fails(self) -> bool:
+        """Cannot work; a warning is no failure."""
+        return self.status == "fail"
+
 
 def ok(name: str, message: str) -> Finding:
     """Fine."""

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from nmoe_backend import environ, memory
+from nmoe_backend import environ, memory, preflight
 from nmoe_backend.config import ReplicaConfig, ServeConfig, engine_limits
 from nmoe_backend.engine import Engine
 from nmoe_backend.layers.context import LayerContext
@@ -33,7 +33,6 @@ from nmoe_backend.runtime.sampler import Sampler
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import (
-    ConfigError,
     EngineLimits,
     FinishReason,
     RankError,
@@ -52,13 +51,10 @@ WARMUP_TIMEOUT_S = 600.0  # a cold kernel cache compiles in here
 def start(config: ServeConfig, progress: Progress = print) -> Orchestrator:
     """An orchestrator whose every rank has produced a checked token. `progress` gets one line a stage.
 
-    Raises ConfigError for what cannot work (checkpoint, memory, roles), RankError when the warm-up fails.
+    Raises ConfigError for what cannot work (GPUs, memory, roles: before anything is allocated; checkpoint), RankError
+    when the warm-up fails.
     """
-    roles = sorted({replica.role for replica in config.replicas} - {"both"})
-    if roles:
-        raise ConfigError(
-            f'replicas have the role {" and ".join(roles)}; prefill and decode cannot be split yet. Use role = "both".'
-        )
+    preflight.require_machine(config)
     spec = load_spec(config.model_path)
     with ExitStack() as on_failure:
         engines = []
@@ -116,13 +112,6 @@ def _devices(config: ServeConfig, replica: ReplicaConfig) -> list[torch.device]:
     """One device a rank. With device = "cpu" the numbers are rank names only."""
     if config.device == "cpu":
         return [torch.device("cpu")] * replica.world_size
-    present = torch.cuda.device_count()
-    missing = [gpu for gpu in replica.gpus if gpu >= present]
-    if missing:
-        raise ConfigError(
-            f"replica {replica.replica_id} names gpus {missing}, and this machine has {present}. "
-            "Change [[replicas]].gpus, or check CUDA_VISIBLE_DEVICES and the driver (nmoe doctor)."
-        )
     return [torch.device("cuda", gpu) for gpu in replica.gpus]
 
 

@@ -10,23 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from nmoe_backend import doctor, doctor_checkpoint, doctor_gpu, doctor_host, memory
+from nmoe_backend import doctor, doctor_checkpoint, doctor_host, preflight
 from nmoe_backend.config import ServeConfig
-from nmoe_backend.doctor_gpu import Gpu, GpuFacts
 from nmoe_backend.findings import Finding
+from nmoe_backend.preflight import GpuFacts
 from nmoe_backend.safetensors_header import encode_header
-from tests.model_folder import DEEPSEEK_V3, write_model_folder, write_toml
+from tests.model_folder import write_model_folder, write_toml
 
-GB = memory.GB
-H200 = Gpu(name="NVIDIA H200", capability=(9, 0), free=150 * GB, total=150 * GB)
-NODE = GpuFacts(driver="580.65.06", cuda_build="13.0", gpus=(H200,) * 8)
 GOOD_PACKAGES = {
     **dict.fromkeys(("safetensors", "tokenizers", "jinja2"), "1.0"),
     "numpy": "1.26.4",
     "torch": "2.11.0",
     "triton": "3.6.0",
 }
-EIGHT = "[0, 1, 2, 3, 4, 5, 6, 7]"
 
 
 @pytest.fixture
@@ -38,13 +34,6 @@ def load(tmp_path: Path, head: str = "", **toml: str) -> ServeConfig:
     folder = write_model_folder(tmp_path / "model")
     head = f'torch_extensions_dir = "cache"\n{head}'
     return ServeConfig.from_toml(write_toml(tmp_path / "c.toml", folder, head, **toml))
-
-
-def production(tmp_path: Path, head: str = "max_seq_len = 32768") -> tuple[ServeConfig, memory.ModelDims]:
-    folder = write_model_folder(tmp_path / "model", DEEPSEEK_V3)
-    path = write_toml(tmp_path / "c.toml", folder, f'device = "cuda"\nmax_batch_size = 256\n{head}', gpus=EIGHT)
-    config = ServeConfig.from_toml(path)
-    return config, memory.model_dims(config)
 
 
 def statuses(findings: list[Finding]) -> dict[str, str]:
@@ -192,85 +181,10 @@ def test_a_cache_that_cannot_be_written_fails(tmp_path: Path) -> None:
     assert doctor_host.check_writable(tmp_path / "cache").status == "ok"
 
 
-def test_ranks_on_the_cpu_share_the_hosts_memory(tiny: ServeConfig) -> None:
-    dims = memory.model_dims(tiny)
-    need = memory.memory_budget(tiny, dims, tiny.replicas[0], 2).total
-    total = 1000 * GB
-    reserved = round(total * (1 - tiny.gpu_memory_utilization))
-    enough = doctor_host.check_host_memory(tiny, dims, (total, reserved + 2 * need + 2))
-    assert statuses(enough) == {"memory[0]": "ok", "kv_capacity[0]": "ok"}
-    assert doctor_host.check_host_memory(tiny, dims, (total, reserved + 2 * need - 2))[0].status == "fail"
-
-
-def test_eight_h200_hold_deepseek_v3(tmp_path: Path) -> None:
-    config, dims = production(tmp_path)
-    findings = doctor_gpu.check_all(config, dims, NODE)
-    assert set(statuses(findings).values()) == {"ok"}
-    capacity = next(finding for finding in findings if finding.name == "kv_capacity[0]")
-    assert re.search(r"hold \d+ x 2048 or \d+ x 8192 or \d+ x 32768 tokens", capacity.message)
-    budget = next(finding for finding in findings if finding.name == "memory[0]")
-    assert re.search(r"weights 10[12]\.\d\d \+ kv_cache .* GB a rank, available 138\.00 GB", budget.message)
-
-
-def test_a_gpu_too_small_says_how_much_is_missing(tmp_path: Path) -> None:
-    config, dims = production(tmp_path)
-    small = dataclasses.replace(H200, free=80 * GB, total=80 * GB)
-    finding = doctor_gpu.check_memory(config, dims, dataclasses.replace(NODE, gpus=(small,) * 8))[0]
-    assert_fails(finding, "hold 0 KV pages", r"Free \d+\.\d\d GB a rank")
-
-
-def test_too_many_pages_for_the_memory_fail(tmp_path: Path) -> None:
-    config, dims = production(tmp_path, "num_pages = 20000")
-    finding = doctor_gpu.check_memory(config, dims, NODE)[0]
-    assert_fails(finding, r"kv_cache 89\.95 .* GB a rank, available 138", "lower num_pages")
-
-
-def test_memory_that_others_hold_is_named(tmp_path: Path) -> None:
-    config, dims = production(tmp_path)
-    busy = dataclasses.replace(H200, free=140 * GB)
-    findings = doctor_gpu.check_memory(config, dims, dataclasses.replace(NODE, gpus=(busy, *NODE.gpus[1:])))
-    assert statuses(findings)["gpu_in_use"] == "warn"
-
-
-BAD_NODES = {
-    "no driver": ({"driver": None, "gpus": ()}, "driver", "no NVIDIA driver", "--gpus all"),
-    "old driver": ({"driver": "550.54.15"}, "driver", r"550.54.15, torch's CUDA 13.0 needs >= 580", "Update"),
-    "cpu torch": ({"cuda_build": None, "gpus": ()}, "gpus", "sees no GPU", r"requirements/gpu\.lock"),
-    "no device": ({"gpus": ()}, "gpus", "sees no GPU", 'device = "cpu"'),
-    "four": ({"gpus": (H200,) * 4}, "gpus", r"name gpus \[4, 5, 6, 7\], the machine has 4", "CUDA_VISIBLE_DEVICES"),
-    "no peers": ({"no_peer_access": ((0, 1),)}, "peer_access", r"\(0, 1\)", "nvidia-smi topo"),
-    "old gpu": (
-        {"gpus": (dataclasses.replace(H200, capability=(8, 0)),) * 8},
-        "capability",
-        r"capability \(8, 0\), needs",
-        "Hopper",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_NODES)
-def test_a_gpu_node_that_cannot_serve_says_why(case: str, tmp_path: Path) -> None:
-    changes, name, got, remedy = BAD_NODES[case]
-    config, dims = production(tmp_path)
-    findings = doctor_gpu.check_all(config, dims, dataclasses.replace(NODE, **changes))  # type: ignore[arg-type]
-    assert_fails(next(finding for finding in findings if finding.name == name), got, remedy)
-
-
-def test_peers_outside_a_replica_do_not_matter(tmp_path: Path) -> None:
-    config, _ = production(tmp_path)
-    assert doctor_gpu.check_peers(config, dataclasses.replace(NODE, no_peer_access=((0, 8),))).status == "ok"
-
-
-def test_the_drivers_version_is_read_from_its_banner() -> None:
-    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder@U22)  Sun\n"
-    assert doctor_gpu.driver_version(text) == "580.65.06"
-    assert doctor_gpu.driver_version("nothing") is None
-
-
 def test_a_machine_without_a_gpu_passes_for_the_cpu_and_fails_for_cuda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor_gpu, "measure", lambda: GpuFacts(driver=None, cuda_build=None))
+    monkeypatch.setattr(preflight, "measure_apart", lambda _ordinals: GpuFacts(driver=None, cuda_build=None))
     monkeypatch.setattr(doctor_host, "port_is_free", lambda _host, _port: True)
     load(tmp_path)
     assert doctor.main(["--config", str(tmp_path / "c.toml")]) == 0

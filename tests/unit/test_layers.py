@@ -16,7 +16,10 @@ PACKAGE = ROOT / "nmoe_backend"
 LINES: dict[int, tuple[tuple[str, ...], set[int]]] = {
     0: (("types", "environ", "models.spec"), {0}),
     1: (
-        ("config", "openai_config", "supervisor_config", "generation", "toml_table", "memory", "safetensors_header"),
+        (
+            *("config", "openai_config", "supervisor_config", "generation", "toml_table", "memory"),
+            *("safetensors_header", "findings", "preflight"),
+        ),
         {0, 1},
     ),
     2: (("cache", "step_time"), {0, 1}),
@@ -33,7 +36,7 @@ LINES: dict[int, tuple[tuple[str, ...], set[int]]] = {
     10: (("runtime", "convert"), {0, 1, 6, 7, 8, 9, 10}),
     11: (("warmup",), set(range(12))),
     12: (
-        ("tritonserver", "server_process", "http_probe", "findings", "doctor", "supervisor", "launch", "top"),
+        ("tritonserver", "server_process", "http_probe", "doctor", "supervisor", "launch", "top"),
         {0, 1, 12},
     ),
     13: (("api",), {0, 1, 5, 12, 13}),
