@@ -90,9 +90,13 @@ class RankContext:
 
     def barrier(self) -> None:
         """Wait for all ranks, inside `activate`. Raises RankError in every rank when one is late or aborted."""
-        group = self._group
-        for device in group.cuda_devices:
+        for device in self._group.cuda_devices:
             torch.cuda.synchronize(device)
+        self.meet()
+
+    def meet(self) -> None:
+        """Wait for the other ranks' threads, inside `activate`; whatever their devices do. Raises like `barrier`."""
+        group = self._group
         group.arrivals[self.rank] += 1
         group.turns.release()
         try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from nmoe_backend.layers.batch import Batch
 from nmoe_backend.model import DecoderModel
 from nmoe_backend.parallel.ranks import RankContext
 from nmoe_backend.runtime.batch import SlotState
+from nmoe_backend.runtime.graphs import capture
 from nmoe_backend.types import EngineLimits, RankPlan, StepPlan
 
 _SLOTS, _STARTS, _PAGE_SLOTS, _PAGE_INDICES, _PAGES, _NUM_COLUMNS = range(6)
@@ -71,17 +73,13 @@ class DecodeSteps:
     def capture(self, progress: Callable[[str], None]) -> None:
         """A graph for each bucket, the largest first, each behind a run that compiles what it needs. All ranks of the
         group call it together."""
-        pool = None
+        graph = None
         for bucket in reversed(self._buckets):
             self._load(RankPlan())
             self._forward(bucket)
             if not (self._model.ops.captures and self._context.has_own_device):
                 continue
-            graph = torch.cuda.CUDAGraph()
-            # Other ranks' threads allocate and copy meanwhile: only this thread's calls are held to a capture's rules.
-            with torch.cuda.graph(graph, pool, self._context.stream, capture_error_mode="thread_local"):
-                logits = self._forward(bucket)
-            pool = graph.pool()
+            graph, logits = capture(self._context, partial(self._forward, bucket), graph)
             self._graphs[bucket] = graph, logits
             progress(f"decode graph of {bucket} rows")
 
