@@ -88,6 +88,6 @@ class DecoderModel:
             delta = layer.forward(residual, delta, batch, plans.get(key), cache)
         return normed_sum(self._norm, residual, delta).require_wide()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, D] -> [N, V] fp32"""
-        return self._head.forward(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, V] fp32, in `out` where it is given"""
+        return self._head.forward(hidden, out)

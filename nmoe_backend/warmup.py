@@ -29,7 +29,7 @@ from nmoe_backend.orchestrator import Orchestrator
 from nmoe_backend.parallel.ranks import RankContext, RankGroup
 from nmoe_backend.runtime.dummy_weights import dummy_rank_weights
 from nmoe_backend.runtime.kv_cache import KVCache
-from nmoe_backend.runtime.sampler import Sampler
+from nmoe_backend.runtime.sampler import build_sampler
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import (
@@ -153,7 +153,7 @@ def _build_worker(
     model: DecoderModel, context: RankContext, limits: EngineLimits, dtype: torch.dtype, buckets: Sequence[int]
 ) -> Worker:
     kv_cache = KVCache(model.spec, limits.num_pages, limits.page_size, dtype, context.device)
-    sampler = Sampler(limits.max_batch_size, limits.vocab_size, limits.max_seq_len, context.device)
+    sampler = build_sampler(model.ops, limits, context.device)
     return Worker(model, kv_cache, sampler, limits, context, buckets)
 
 

@@ -24,6 +24,6 @@ class Head:
         self._ops = context.ops
         self._weight = weight
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[N, D] -> [N, V] fp32"""
-        return self._ops.head(hidden, self._weight)
+    def forward(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, V] fp32, in `out` where it is given"""
+        return self._ops.head(hidden, self._weight, out)

@@ -187,8 +187,8 @@ class HopperOps:
     def pack_experts(self, weights: ExpertWeights) -> ExpertWeights:
         return weights
 
-    def head(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    def head(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
 
     def _require_shape(self) -> StepShape:
         assert self._shape is not None, "allocate() comes before the first step"

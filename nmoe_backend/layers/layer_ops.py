@@ -95,8 +95,8 @@ class LayerOps(Protocol):
     def pack_experts(self, weights: ExpertWeights) -> Any:
         """A rank's experts of one layer."""
 
-    def head(self, x: Tensor, weight: Tensor) -> Tensor:
-        """[N, D], [V, D] -> [N, V] fp32"""
+    def head(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """[N, D], [V, D] -> [N, V] fp32, in `out` where it is given"""
 
 
 class Exchange(Protocol):

@@ -128,8 +128,9 @@ class PlainOps:
     def pack_experts(self, weights: ExpertWeights) -> PlainExperts:
         return PlainExperts(self._ops, weights)
 
-    def head(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._ops.linear(x, weight).float()
+    def head(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        logits = self._ops.linear(x, weight)
+        return logits.float() if out is None else out.copy_(logits)
 
 
 class PlainExchange:

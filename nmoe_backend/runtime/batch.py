@@ -1,7 +1,7 @@
 """From a RankPlan to tensors: what a rank keeps per slot, and the Batch of a step.
 
-Owns, for each slot: its block table (a row of page numbers, on the device) and the token that it sampled last, which is
-the next decode step's input and never visits the host. Plans carry only what changed.
+Owns, for each slot, its block table (a row of page numbers, on the device). The token that it sampled last, which the
+sampler keeps, is the next decode step's input and never visits the host. Plans carry only what changed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from nmoe_backend.types import EngineLimits, RankPlan, StepPlan
 
 
 class SlotState:
-    """Block tables and last tokens of one rank's slots. Used by its rank's thread only."""
+    """Block tables of one rank's slots. Used by its rank's thread only."""
 
-    def __init__(self, limits: EngineLimits, device: torch.device) -> None:
+    def __init__(self, limits: EngineLimits, device: torch.device, last_tokens: Tensor) -> None:
+        """`last_tokens`: the sampler's; read here only."""
         max_pages = -(-limits.max_seq_len // limits.page_size)
         self._limits = limits
         self._device = device
         # One slot more than sequences: padding rows read and write it.
         self.block_tables = torch.zeros(limits.max_batch_size + 1, max_pages, dtype=torch.int32, device=device)
-        self.last_tokens = torch.zeros(limits.max_batch_size + 1, dtype=torch.int64, device=device)
+        self.last_tokens = last_tokens
 
     def fill(self, step: StepPlan, rank: int, padded_tokens: int = 0) -> Batch:
         """Apply the plan's changes to the slots and lay out its tokens, padded to `padded_tokens`. Example: see
@@ -75,10 +76,6 @@ class SlotState:
             step_tokens=max(padded_tokens, *(other.num_tokens for other in step.ranks)),
             num_real=num_real,
         )
-
-    def record_sampled(self, slots: list[int], token_ids: Tensor) -> None:
-        """The tokens [N] that the slots sampled; fed when they decode next."""
-        self.last_tokens[self._tensor(slots)] = token_ids
 
     def _tensor(self, values: object) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

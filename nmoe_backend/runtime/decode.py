@@ -59,10 +59,13 @@ class DecodeSteps:
         limits: EngineLimits,
         context: RankContext,
         buckets: Sequence[int],
+        logits: Tensor | None,
     ) -> None:
+        """`logits`: where the sampler wants them."""
         self._model, self._caches, self._state, self._limits = model, caches, state, limits
         self._context = context
         self._buckets = tuple(sorted(buckets))
+        self._logits = logits
         device, size = context.device, (_NUM_COLUMNS, limits.max_batch_size)
         pinned = device.type == "cuda"
         self._columns = torch.zeros(size, dtype=torch.int64, device=device)
@@ -98,10 +101,6 @@ class DecodeSteps:
         graph.replay()
         return logits[: plan.num_decode]
 
-    def record_sampled(self, token_ids: Tensor) -> None:
-        """What the rows of the step just run have sampled, [rows]; fed when they decode next."""
-        self._state.last_tokens.index_copy_(0, self._columns[_SLOTS, : token_ids.shape[0]], token_ids)
-
     def _load(self, plan: RankPlan) -> None:
         """Start the step's columns on their way to the device."""
         limits, stage = self._limits, self._stages[self._num_loads % _STAGES]
@@ -128,7 +127,8 @@ class DecodeSteps:
 
     def _forward(self, bucket: int) -> Tensor:
         """[bucket, V] fp32"""
-        return self._model.logits(self._model.forward(self._batch(bucket), self._caches))
+        out = None if self._logits is None else self._logits[:bucket]
+        return self._model.logits(self._model.forward(self._batch(bucket), self._caches), out)
 
     def _batch(self, bucket: int) -> Batch:
         """The step's input on the device; the same operations whatever the columns hold."""

@@ -6,9 +6,9 @@ sampler that it was given. An error in a step releases the peers, which then fai
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,49 +19,18 @@ from nmoe_backend.parallel.ranks import RankContext
 from nmoe_backend.runtime.batch import SlotState
 from nmoe_backend.runtime.decode import DecodeSteps, decode_buckets, is_decode_only
 from nmoe_backend.runtime.kv_cache import KVCache
-from nmoe_backend.runtime.sampler import SampledTokens, Sampler
+from nmoe_backend.runtime.output import LogprobColumns, SampledTokens, StepOutput, StepResult
+from nmoe_backend.runtime.sampler import Sampler
 from nmoe_backend.types import (
     EngineLimits,
     PendingOutput,
     RankError,
-    RankOutput,
     RankPlan,
     SlotInit,
     StepPlan,
-    TokenLogprobs,
 )
 
 HEAD_ROWS = 256  # rows of the head at once for prompt logprobs: 132 MB of logits at a vocabulary of 129,280
-POLL_S = 50e-6  # of a CUDA event: cudaEventSynchronize has no time limit
-
-
-@dataclass(frozen=True, slots=True)
-class ReadyOutput:
-    """A step that was done when `execute` returned."""
-
-    output: RankOutput
-
-    def wait(self, timeout_s: float) -> RankOutput:
-        return self.output
-
-
-@dataclass(frozen=True, slots=True)
-class CudaOutput:
-    """A step whose token ids are on their way to pinned host memory, behind an event."""
-
-    output: RankOutput  # without token ids
-    token_ids: Tensor  # [N] int64, pinned
-    error_word: Tensor | None  # [1] int32, pinned
-    done: torch.cuda.Event
-
-    def wait(self, timeout_s: float) -> RankOutput:
-        deadline = time.monotonic() + timeout_s
-        while not self.done.query():
-            if time.monotonic() > deadline:
-                raise RankError(f"the device did not finish a step within {timeout_s:g} s; restart the replica.")
-            time.sleep(POLL_S)
-        error_word = 0 if self.error_word is None else int(self.error_word)
-        return replace(self.output, token_ids=self.token_ids.tolist(), error_word=error_word)
 
 
 @dataclass(slots=True)
@@ -89,7 +58,7 @@ class Worker:
         self._kv_cache: KVCache | None = kv_cache
         self._sampler: Sampler | None = sampler
         self._context = context
-        self._state = SlotState(limits, context.device)
+        self._state = SlotState(limits, context.device, sampler.last_tokens)
         self._slots: dict[int, _Slot] = {}
         self._max_tokens = limits.max_batch_size + limits.max_prefill_tokens
         self._decode: DecodeSteps | None = None
@@ -97,7 +66,7 @@ class Worker:
         model.ops.allocate(shape)
         if model.ops.pads_steps:
             sizes = buckets or decode_buckets(limits.max_batch_size)
-            self._decode = DecodeSteps(model, kv_cache.layers, self._state, limits, context, sizes)
+            self._decode = DecodeSteps(model, kv_cache.layers, self._state, limits, context, sizes, sampler.logits)
         if context.device.type == "cuda":
             torch.cuda.synchronize(context.device)  # loading ran on another stream than the steps will
 
@@ -110,20 +79,21 @@ class Worker:
         with self._context.activate():
             self._admit(rank_plan)
             if self._decode is not None and is_decode_only(plan):
-                return self._pending(rank_plan, self._decode_step(self._decode, plan), {}, {})
+                return self._output(rank_plan, self._decode_step(self._decode, plan))
             batch = self._state.fill(plan, self._context.rank, self._padded_tokens(plan))
             hidden = model.forward(batch, kv_cache.layers)
             ends = _ends(rank_plan)
             prompt_logprobs = self._prompt_logprobs(rank_plan, ends, hidden)
             embeddings = self._embeddings(rank_plan, ends, hidden)
             sampled = self._sample(rank_plan, ends, hidden)
-            return self._pending(rank_plan, sampled, prompt_logprobs, embeddings)
+            return self._output(rank_plan, sampled, prompt_logprobs=prompt_logprobs, embeddings=embeddings)
 
     def capture(self, progress: Callable[[str], None]) -> None:
         """Prepare the decode steps; all ranks call it together, each from its own thread, before the first step."""
-        if self._decode is not None:
-            with self._context.activate():
+        with self._context.activate():
+            if self._decode is not None:
                 self._decode.capture(progress)
+            self._require_sampler().capture(progress)
 
     def abort(self) -> None:
         """Make whatever waits for a peer give up with RankError. From any thread, idempotent."""
@@ -155,27 +125,23 @@ class Worker:
         if not plan.slots:
             return None
         assert all(plan.samples), "a decode row yields a token"
-        sampled = self._require_sampler().sample(logits, plan.slots, [start + 1 for start in plan.starts])
-        decode.record_sampled(sampled.token_ids)
-        return sampled
+        return self._require_sampler().sample(logits, plan.slots, [start + 1 for start in plan.starts])
 
     def _sample(self, plan: RankPlan, ends: list[int], hidden: Tensor) -> SampledTokens | None:
         """The head and the sampler on the rows' last tokens, where asked for."""
-        rows = _sampling_rows(plan)
+        sampler, rows = self._require_sampler(), _sampling_rows(plan)
         if not rows:
             return None
-        slots = [plan.slots[row] for row in rows]
         if len(rows) < hidden.shape[0]:
-            last = torch.tensor([ends[row] - 1 for row in rows], device=hidden.device)
-            hidden = hidden.index_select(0, last)
+            hidden = hidden.index_select(0, self._index([ends[row] - 1 for row in rows]))
+        out = None if sampler.logits is None else sampler.logits[: len(rows)]
+        logits = self._require_model().logits(hidden, out)
         positions = [plan.starts[row] + plan.lengths[row] for row in rows]
-        sampled = self._require_sampler().sample(self._require_model().logits(hidden), slots, positions)
-        self._state.record_sampled(slots, sampled.token_ids)
-        return sampled
+        return sampler.sample(logits, [plan.slots[row] for row in rows], positions)
 
-    def _prompt_logprobs(self, plan: RankPlan, ends: list[int], hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
-        """Row -> logprobs of prompt tokens [start + 1, start + length + 1); the head runs in slices of the chunk."""
-        found: dict[int, list[TokenLogprobs]] = {}
+    def _prompt_logprobs(self, plan: RankPlan, ends: list[int], hidden: Tensor) -> dict[int, list[LogprobColumns]]:
+        """Row -> of prompt tokens [start + 1, start + length + 1), in parts: the head runs in slices of the chunk."""
+        found: dict[int, list[LogprobColumns]] = {}
         for row in range(plan.num_decode, len(plan.slots)):
             init = self._slots[plan.slots[row]].init
             num_top = init.sampling.num_prompt_logprobs
@@ -186,14 +152,14 @@ class Worker:
             first = ends[row] - length
             found[row] = []
             for offset in range(0, len(targets), HEAD_ROWS):
-                part = list(targets[offset : offset + HEAD_ROWS])
+                part = targets[offset : offset + HEAD_ROWS]
                 logits = self._require_model().logits(hidden[first + offset : first + offset + len(part)])
-                found[row] += self._require_sampler().prompt_logprobs(logits, part, num_top)
+                found[row].append(self._require_sampler().prompt_logprobs(logits, part, num_top))
         return found
 
-    def _embeddings(self, plan: RankPlan, ends: list[int], hidden: Tensor) -> dict[int, list[float]]:
-        """Row -> mean of the final hidden states over its prompt, with the chunk that ends it."""
-        found: dict[int, list[float]] = {}
+    def _embeddings(self, plan: RankPlan, ends: list[int], hidden: Tensor) -> dict[int, Tensor]:
+        """Row -> mean [D] of the final hidden states over its prompt, with the chunk that ends it."""
+        found: dict[int, Tensor] = {}
         for row in range(plan.num_decode, len(plan.slots)):
             slot = self._slots[plan.slots[row]]
             if not slot.init.embed:
@@ -202,35 +168,19 @@ class Worker:
             chunk = hidden[ends[row] - length : ends[row]].float().sum(0)
             slot.hidden_sum = chunk if slot.hidden_sum is None else slot.hidden_sum + chunk
             if start + length == prompt_len:
-                found[row] = (slot.hidden_sum / prompt_len).tolist()
+                found[row] = slot.hidden_sum / prompt_len
         return found
 
-    def _pending(
-        self,
-        plan: RankPlan,
-        sampled: SampledTokens | None,
-        prompt_logprobs: dict[int, list[TokenLogprobs]],
-        embeddings: dict[int, list[float]],
-    ) -> PendingOutput:
-        output = RankOutput(token_ids=(), prompt_logprobs=prompt_logprobs, embeddings=embeddings)
-        if sampled is None:
-            return ReadyOutput(output)
-        rows, token_ids = _sampling_rows(plan), sampled.token_ids
-        output = replace(
-            output,
-            logprobs={rows[n]: value for n, value in sampled.logprobs.items()},
-            failed={rows[n]: error for n, error in sampled.failed.items()},
-        )
-        if token_ids.device.type == "cpu":
-            return ReadyOutput(replace(output, token_ids=token_ids.tolist()))
-        pinned = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-        pinned.copy_(token_ids, non_blocking=True)
+    def _index(self, values: Sequence[int]) -> Tensor:
+        """[n] int64 on the device; nobody waits for its way there."""
+        pinned = self._context.device.type == "cuda"
+        return torch.tensor(values, dtype=torch.int64, pin_memory=pinned).to(self._context.device, non_blocking=True)
+
+    def _output(self, plan: RankPlan, sampled: SampledTokens | None, **rest: Any) -> PendingOutput:
+        """`rest`: what else StepResult holds."""
         error_word = self._require_model().error_word
-        if error_word is not None:
-            error_word = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(error_word, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(self._context.stream)
-        return CudaOutput(output, pinned, error_word, done)
+        result = StepResult(sampled=sampled, sampling_rows=_sampling_rows(plan), error_word=error_word, **rest)
+        return StepOutput(result, self._context.stream)
 
     def _require_model(self) -> DecoderModel:
         assert self._model is not None, "execute checks that the worker is open"

@@ -22,17 +22,16 @@ from nmoe_backend.models.spec import ModelSpec
 from nmoe_backend.parallel.ranks import RankContext, RankGroup
 from nmoe_backend.parallel.rdep import Rdep
 from nmoe_backend.runtime.kv_cache import KVCache
+from nmoe_backend.runtime.output import LogprobColumns, SampledTokens
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import (
     EngineLimits,
     RankOutput,
     RankPlan,
-    RequestError,
     SamplingParams,
     SlotInit,
     StepPlan,
-    TokenLogprobs,
 )
 
 VOCAB_SIZE = 256
@@ -171,36 +170,42 @@ def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
 
 
 @dataclass
-class Sampled:
-    token_ids: Tensor
-    logprobs: dict[int, TokenLogprobs]
-    failed: dict[int, RequestError] = field(default_factory=dict)
-
-
-@dataclass
 class GreedySampler:
     """Argmax, or what `forced` says; keeps the logits that it was shown, by (slot, position of the next token)."""
 
+    last_tokens: Tensor
     forced: dict[tuple[int, int], int] = field(default_factory=dict)
     seen: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     prompt_logits: list[Tensor] = field(default_factory=list)
     admitted: list[int] = field(default_factory=list)
+    logits: None = None  # they may be anywhere
 
     def admit(self, init: SlotInit) -> None:
         self.admitted.append(init.slot)
 
-    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Sampled:
+    def capture(self, progress: object) -> None:
+        pass
+
+    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> SampledTokens:
         for row, key in enumerate(zip(slots, positions, strict=True)):
             self.seen[key] = logits[row].clone()
         token_ids = logits.argmax(-1)
         for row, key in enumerate(zip(slots, positions, strict=True)):
             token_ids[row] = self.forced.get(key, token_ids[row])
-        return Sampled(token_ids, {})
+        self.last_tokens[torch.tensor(slots, device=logits.device)] = token_ids
+        return SampledTokens(token_ids=token_ids)
 
-    def prompt_logprobs(self, logits: Tensor, target_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    def prompt_logprobs(self, logits: Tensor, target_ids: Sequence[int], num_top: int) -> LogprobColumns:
         self.prompt_logits.append(logits.clone())
-        logprobs = logits.log_softmax(-1)
-        return [TokenLogprobs(target, float(logprobs[n, target])) for n, target in enumerate(target_ids)]
+        logprobs, targets = logits.double().log_softmax(-1), torch.tensor(target_ids, device=logits.device)
+        none = logprobs[:, :0]
+        return LogprobColumns(
+            num_top=[0] * len(target_ids),
+            token_ids=targets,
+            logprobs=logprobs.gather(1, targets[:, None])[:, 0],
+            top_ids=none,
+            top_logprobs=none,
+        )
 
 
 def limits_for(world_size: int, page_size: int, **overrides: int) -> EngineLimits:
@@ -248,7 +253,10 @@ class Replica:
         self.limits = limits or limits_for(world_size, page_size)
         self.page_size = self.limits.page_size
         self.contexts = RankGroup.create(world_size, [device] * world_size, timeout_s)
-        self.samplers = [GreedySampler() for _ in self.contexts]
+        num_slots = self.limits.max_batch_size + 1  # with one for padding
+        self.samplers = [
+            GreedySampler(torch.zeros(num_slots, dtype=torch.int64, device=context.device)) for context in self.contexts
+        ]
         self.layer_contexts, self.workers, self.weights = [], [], []
         max_tokens = self.limits.max_batch_size + self.limits.max_prefill_tokens
         for context, sampler in zip(self.contexts, self.samplers, strict=True):

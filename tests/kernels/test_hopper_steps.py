@@ -215,8 +215,8 @@ class Lockstep:
             self.errors.setdefault("bf16 cache", []).append(relative(cache, expected))
         return rows
 
-    def head(self, x, weight):
-        logits = self._ops.head(x, weight)
+    def head(self, x, weight, out=None):
+        logits = self._ops.head(x, weight, out)
         self._note("bf16 head", logits, x.float() @ weight.float().t())
         return logits
 

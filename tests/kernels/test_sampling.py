@@ -11,8 +11,9 @@ from hypothesis import given, settings, strategies as st
 from transformers.generation import logits_process as hf
 
 from nmoe_backend.kernels.sampling import apply_bitmask, counter_uniform, draw_tokens, keep_mask, token_weights
-from nmoe_backend.runtime.sampler import Sampler
-from nmoe_backend.types import RequestError, SamplingParams, SlotInit
+from nmoe_backend.runtime.output import SampledTokens
+from nmoe_backend.runtime.sampler_plain import PlainSampler
+from nmoe_backend.types import RequestError, SamplingParams, SlotInit, TokenLogprobs
 
 torch.set_num_threads(1)
 
@@ -25,8 +26,8 @@ def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def make_sampler(*params: SamplingParams, prompt=PROMPT, outputs=(), stop=(), vocab=VOCAB) -> Sampler:
-    sampler = Sampler(len(params), vocab, 256, "cpu")
+def make_sampler(*params: SamplingParams, prompt=PROMPT, outputs=(), stop=(), vocab=VOCAB) -> PlainSampler:
+    sampler = PlainSampler(len(params), vocab, 256, "cpu")
     for slot, p in enumerate(params):
         p = p if p.seed is not None else replace(p, seed=0)
         sampler.admit(
@@ -35,11 +36,15 @@ def make_sampler(*params: SamplingParams, prompt=PROMPT, outputs=(), stop=(), vo
     return sampler
 
 
-def sample_one(sampler: Sampler, logits: torch.Tensor, position: int, slot: int = 0) -> int:
+def sample_one(sampler: PlainSampler, logits: torch.Tensor, position: int, slot: int = 0) -> int:
     return int(sampler.sample(logits, [slot], [position]).token_ids[0])
 
 
-def processed(sampler: Sampler, logits: torch.Tensor, position: int = len(PROMPT)) -> torch.Tensor:
+def logprobs_of(out: SampledTokens) -> dict[int, TokenLogprobs]:
+    return {} if out.logprobs is None else out.logprobs.entries()
+
+
+def processed(sampler: PlainSampler, logits: torch.Tensor, position: int = len(PROMPT)) -> torch.Tensor:
     """[V] logits of slot 0 as they are drawn from."""
     return sampler._process(logits, [sampler._slot(0)], [0], [position])[0]
 
@@ -177,7 +182,7 @@ def test_presence_and_frequency_penalties_count_the_output_only():
 
 def test_penalties_grow_as_tokens_are_sampled():
     logits = torch.tensor([[2.5, 2.0, 0.0]])
-    sampler = Sampler(1, 3, 32, "cpu")
+    sampler = PlainSampler(1, 3, 32, "cpu")
     params = SamplingParams(temperature=0.0, frequency_penalty=1.0, seed=0)
     sampler.admit(SlotInit(slot=0, sampling=params, prompt_ids=(2,)))
     assert [sample_one(sampler, logits, 1 + i) for i in range(6)] == [0, 1, 0, 1, 0, 1]
@@ -289,7 +294,7 @@ def run_alone(params: SamplingParams, logits: torch.Tensor, num_steps: int) -> l
     sampler, result = make_sampler(params, stop=(9,)), []
     for step in range(num_steps):
         out = sampler.sample(logits[step : step + 1], [0], [len(PROMPT) + step])
-        result.append((int(out.token_ids[0]), out.logprobs.get(0)))
+        result.append((int(out.token_ids[0]), logprobs_of(out).get(0)))
     return result
 
 
@@ -304,7 +309,7 @@ def test_a_row_gives_the_same_tokens_alone_and_in_any_mixed_batch(batch, seed):
     for step in range(num_steps):
         out = sampler.sample(logits[order, step], order, [len(PROMPT) + step] * len(batch))
         for n, slot in enumerate(order):
-            assert (int(out.token_ids[n]), out.logprobs.get(n)) == alone[slot][step]
+            assert (int(out.token_ids[n]), logprobs_of(out).get(n)) == alone[slot][step]
 
 
 @given(params=sampling_params, seed=st.integers(0, 1000), cut=st.integers(1, 7))
@@ -333,7 +338,7 @@ def test_logprobs_are_of_the_raw_logits_whatever_the_parameters():
     logits = random_logits(1, seed=9)
     out = make_sampler(params).sample(logits, [0], [4])
     expected = torch.log_softmax(logits[0].double(), -1)
-    got = out.logprobs[0]
+    got = logprobs_of(out)[0]
     assert got.token_id == 8 == int(out.token_ids[0])
     assert got.logprob == pytest.approx(expected[8].item(), abs=1e-12)
     best = expected.sort(descending=True, stable=True)
@@ -344,14 +349,16 @@ def test_logprobs_are_of_the_raw_logits_whatever_the_parameters():
 def test_only_rows_that_asked_have_logprobs_each_with_its_own_count():
     params = [SamplingParams(num_logprobs=n) for n in (None, 0, 5)]
     out = make_sampler(*params).sample(random_logits(3), [0, 1, 2], [4, 4, 4])
-    assert sorted(out.logprobs) == [1, 2]
-    assert [len(out.logprobs[n].top) for n in (1, 2)] == [0, 5]
+    assert sorted(logprobs_of(out)) == [1, 2]
+    assert [len(logprobs_of(out)[n].top) for n in (1, 2)] == [0, 5]
 
 
 def test_prompt_logprobs_equal_log_softmax_across_the_block_bound():
     logits = random_logits(150, seed=10)
     targets = [(7 * i) % VOCAB for i in range(150)]
-    got = make_sampler(SamplingParams()).prompt_logprobs(logits, targets, 3)
+    got = make_sampler(SamplingParams()).prompt_logprobs(logits, targets, 3).entries()
+    assert list(got) == list(range(150))
+    got = list(got.values())
     expected = torch.log_softmax(logits.double(), -1)
     assert [entry.token_id for entry in got] == targets
     assert [e.logprob for e in got] == pytest.approx([expected[i, t].item() for i, t in enumerate(targets)], abs=1e-12)
@@ -359,15 +366,15 @@ def test_prompt_logprobs_equal_log_softmax_across_the_block_bound():
 
 
 def test_prompt_logprobs_of_no_rows_are_empty():
-    assert make_sampler(SamplingParams()).prompt_logprobs(random_logits(0), [], 3) == []
+    assert make_sampler(SamplingParams()).prompt_logprobs(random_logits(0), [], 3).entries() == {}
 
 
 def test_more_alternatives_than_tokens_gives_all_tokens():
     logits = torch.tensor([[0.0, 1.0, 0.0]])
-    sampler = Sampler(1, 3, 16, "cpu")
+    sampler = PlainSampler(1, 3, 16, "cpu")
     sampler.admit(SlotInit(slot=0, sampling=SamplingParams(seed=1, num_logprobs=20), prompt_ids=(0,)))
     out = sampler.sample(logits, [0], [1])
-    assert [i for i, _ in out.logprobs[0].top] == [1, 0, 2]
+    assert [i for i, _ in logprobs_of(out)[0].top] == [1, 0, 2]
 
 
 def test_an_all_greedy_batch_without_extras_returns_the_callers_argmax_for_an_empty_batch_too():

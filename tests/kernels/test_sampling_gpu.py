@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nmoe_backend.runtime.sampler import Sampler
+from nmoe_backend.runtime.sampler_plain import PlainSampler
 from nmoe_backend.types import SamplingParams, SlotInit
 
 
@@ -29,7 +29,7 @@ def test_a_gpu_gives_the_same_tokens_and_logprobs_as_the_cpu():
         )
         for i in range(num_slots)
     ]
-    samplers = {device: Sampler(num_slots, vocab, 64, device) for device in ("cpu", "cuda")}
+    samplers = {device: PlainSampler(num_slots, vocab, 64, device) for device in ("cpu", "cuda")}
     for slot, p in enumerate(params):
         for sampler in samplers.values():
             sampler.admit(SlotInit(slot=slot, sampling=p, prompt_ids=prompt, stop_token_ids=(1, 2)))
@@ -38,7 +38,10 @@ def test_a_gpu_gives_the_same_tokens_and_logprobs_as_the_cpu():
         positions = [len(prompt) + step] * num_slots
         out = {device: s.sample(logits[step].to(device), slots, positions) for device, s in samplers.items()}
         assert torch.equal(out["cuda"].token_ids.cpu(), out["cpu"].token_ids)
-        for row, expected in out["cpu"].logprobs.items():
-            got = out["cuda"].logprobs[row]
+        entries = {device: sampled.logprobs.on_host() for device, sampled in out.items()}
+        torch.cuda.synchronize()
+        got_entries = entries["cuda"].entries()
+        for row, expected in entries["cpu"].entries().items():
+            got = got_entries[row]
             assert abs(got.logprob - expected.logprob) < 1e-9
             assert [i for i, _ in got.top] == [i for i, _ in expected.top]
