@@ -57,7 +57,7 @@ class DecoderModel:
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], context: LayerContext) -> None:
         self.spec = spec
         self.ops = context.ops
-        self.error_word = None if context.exchange is None else context.exchange.error_word
+        self.exchange = context.exchange
         named = Weights(weights, context.rank.device, context.dtype)
         self._embed = Embedding(named.below("embed"), spec.vocab_size, spec.hidden_size)
         attention = build_attention(context, named, spec)

@@ -57,7 +57,7 @@ class Scheduler:
         self.prompt_tokens_total = 0
         self.generation_tokens_total = 0
         self.error_words_total = 0
-        self.expert_rows: list[list[int]] = [[] for _ in range(limits.num_ranks)]
+        self.expert_rows: list[Seq[int]] = [()] * limits.num_ranks  # of each rank: its last word
         self.finished_total: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self.errors_total: dict[str, int] = {kind.value: 0 for kind in ErrorKind}
 
@@ -190,7 +190,8 @@ class Scheduler:
         self.planner.committed = step_id
         if elapsed_s is not None:
             self.planner.model.observe(*flight.size, elapsed_s)
-        self._count_expert_rows(outputs)
+        for rank_idx, output in enumerate(outputs):
+            self.expert_rows[rank_idx] = output.expert_rows or self.expert_rows[rank_idx]
         for decoding, chunks, plan, output in zip(flight.decoding, flight.chunks, flight.plans, outputs, strict=True):
             for row, error in output.failed.items():
                 seq = decoding[row] if row < plan.num_decode else chunks[row - plan.num_decode][0]
@@ -200,13 +201,6 @@ class Scheduler:
                 self._commit_decoding(decoding, output)
             if chunks:
                 self._commit_chunks(chunks, plan, output)
-
-    def _count_expert_rows(self, outputs: Seq[RankOutput]) -> None:
-        for rank_idx, output in enumerate(outputs):
-            if output.expert_rows:
-                before = self.expert_rows[rank_idx] or [0] * len(output.expert_rows)
-                rows = [old + new for old, new in zip(before, output.expert_rows, strict=True)]
-                self.expert_rows[rank_idx] = rows
 
     def _commit_decoding(self, decoding: list[Sequence], output: RankOutput) -> None:
         """One token for each row; the loop that counts in a step's host time."""

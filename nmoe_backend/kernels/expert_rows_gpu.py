@@ -49,6 +49,7 @@ class ExpertRows:
     row_idx: Tensor  # [V, W, T_cap, K] int32, -1: no row in this window
     tiles: Tensor  # [V, tiles, 4] int32
     num_tiles: Tensor  # [V] int32
+    totals: Tensor  # [E] int64: rows of each expert since the buffers were made, for the metrics
 
     @property
     def num_windows(self) -> int:
@@ -80,6 +81,7 @@ def expert_rows(ids: Tensor, num_experts: int, window_rows: int) -> ExpertRows:
     return ExpertRows(
         window_rows=window_rows, counts=empty(_MAX_CHUNKS, num_experts), row_idx=empty(num_windows, *ids.shape),
         tiles=empty(num_windows, num_tiles, 4), num_tiles=empty(num_windows),
+        totals=torch.zeros(num_experts, dtype=torch.int64, device=ids.device),
     )  # fmt: skip
 
 
@@ -113,8 +115,8 @@ def _count_kernel(  # noqa: PLR0913
 
 @triton.jit(do_not_specialize=["num_slots", "step_tokens", "num_chunks", "window_rows", "max_tiles", "row_idx_stride"])
 def _place_kernel(  # noqa: PLR0913
-    ids_ptr, counts_ptr, row_idx_ptr, tiles_ptr, num_tiles_ptr, num_slots, step_tokens, num_chunks, window_rows,
-    max_tiles, row_idx_stride, NUM_WINDOWS: tl.constexpr, T_CAP: tl.constexpr, TOP_K: tl.constexpr,
+    ids_ptr, counts_ptr, row_idx_ptr, tiles_ptr, num_tiles_ptr, totals_ptr, num_slots, step_tokens, num_chunks,
+    window_rows, max_tiles, row_idx_stride, NUM_WINDOWS: tl.constexpr, T_CAP: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr, TILE_ROWS: tl.constexpr, ROW_ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -155,6 +157,7 @@ def _place_kernel(  # noqa: PLR0913
         past = tl.cumsum(tiles, axis=0)
         num_tiles = tl.sum(tiles, axis=0)
         tl.store(num_tiles_ptr + mine, num_tiles)
+        tl.atomic_add(totals_ptr + expert, total.to(tl.int64), mask=total > 0, sem="relaxed")
         for start in range(0, num_tiles, 64):
             tile = start + tl.arange(0, 64)
             owner = tl.sum((past[None, :] <= tile[:, None]).to(tl.int32), axis=1)
@@ -207,7 +210,7 @@ def expert_row_index(rows: ExpertRows, ids: Tensor, num_experts: int, step_token
         num_warps=4,
     )  # fmt: skip
     _place_kernel[(num_chunks + rows.num_windows,)](
-        ids, rows.counts, rows.row_idx, rows.tiles, rows.num_tiles, num_slots, step_tokens, num_chunks,
+        ids, rows.counts, rows.row_idx, rows.tiles, rows.num_tiles, rows.totals, num_slots, step_tokens, num_chunks,
         rows.window_rows, rows.tiles.shape[1], rows.row_idx.stride(0), rows.num_windows, max_tokens, top_k, block_k,
         chunk, _BLOCK, num_experts, block_e, max(16, triton.next_power_of_2(num_chunks)), TILE_ROWS, ROW_ALIGN,
         num_warps=8,

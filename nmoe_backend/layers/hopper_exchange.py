@@ -56,6 +56,10 @@ class HopperExchange:
     def error_word(self) -> Tensor:
         return self.rdep.error_word
 
+    @property
+    def expert_rows(self) -> Tensor:
+        return self._index.totals
+
     def forward(
         self,
         rows: Rows,

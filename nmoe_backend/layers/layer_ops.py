@@ -106,6 +106,10 @@ class Exchange(Protocol):
     def error_word(self) -> Tensor | None:
         """[1] int32 on the device, not 0 once the exchange gave up; None where it raises instead."""
 
+    @property
+    def expert_rows(self) -> Tensor:
+        """[E] int64 on the device: rows that each expert of this rank has computed since load, all layers together."""
+
     def forward(
         self, rows: Rows, choice: tuple[Tensor, Tensor], experts: Any, batch: Batch, shared: Callable[[], Tensor] | None
     ) -> Tensor:

@@ -29,7 +29,6 @@ class PlainExperts:
     """`parallel.rdep.Experts` over either way of keeping the weights."""
 
     def __init__(self, ops: Ops, weights: ExpertWeights) -> None:
-        self.num_local = weights.num_local
         self.weights = weights
         self._ops = ops
 
@@ -140,6 +139,10 @@ class PlainExchange:
 
     def __init__(self, rdep: Rdep) -> None:
         self.rdep = rdep
+
+    @property
+    def expert_rows(self) -> Tensor:
+        return self.rdep.expert_rows
 
     def forward(
         self,

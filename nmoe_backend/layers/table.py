@@ -104,6 +104,7 @@ def _plain(rank: RankContext, request: TableRequest, switches: DebugSwitches) ->
         max_tokens=request.max_tokens,
         hidden_size=request.spec.hidden_size,
         top_k=routers[0].top_k,
+        num_local=routers[0].num_experts // rank.world_size,
         dtype=request.dtype,
         pass_rows=request.pass_rows,
     )

@@ -46,8 +46,6 @@ class RdepOps:
 class Experts(Protocol):
     """A rank's own experts, however their weights are kept."""
 
-    num_local: int
-
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [X, D], ids [X, K] int32 local (-1 = none), weights [X, K] fp32 -> [X, D] fp32"""
 
@@ -59,6 +57,7 @@ class RdepShape:
     max_tokens: int  # T_cap: tokens that a rank feeds in a step, at most
     hidden_size: int
     top_k: int
+    num_local: int  # experts of a rank
     dtype: torch.dtype  # of a sent row
     pass_rows: int  # received rows that the experts see at once; bounds their intermediate memory
 
@@ -97,6 +96,7 @@ class Rdep:
             weights=torch.zeros(*slots, shape.top_k, dtype=torch.float32, device=device),
             returned=torch.zeros(*slots, shape.hidden_size, dtype=torch.float32, device=device),
         )
+        self.expert_rows = torch.zeros(shape.num_local, dtype=torch.int64, device=device)  # computed since load
         context.publish(BUFFERS, self.buffers)
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: Experts, step_tokens: int) -> Tensor:
@@ -104,15 +104,13 @@ class Rdep:
 
         T may be 0: the rank then serves its peers' tokens only. Raises RankError when a peer fails or is late.
         """
-        handle = self.dispatch(x, topk_ids, topk_weights, experts.num_local, step_tokens)
+        handle = self.dispatch(x, topk_ids, topk_weights, step_tokens)
         self._context.barrier()
         self.compute(experts, step_tokens)
         self._context.barrier()
         return self.combine(handle)
 
-    def dispatch(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_local: int, step_tokens: int
-    ) -> RdepHandle:
+    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, step_tokens: int) -> RdepHandle:
         """Phase 1, before the first barrier."""
         num_tokens = x.shape[0]
         if not num_tokens <= step_tokens <= self.shape.max_tokens:
@@ -124,7 +122,7 @@ class Rdep:
             self._peers = self._context.peers(BUFFERS)
             rank = self._context.rank
             self._slots = [(peer.payload[rank], peer.ids[rank], peer.weights[rank]) for peer in self._peers]
-        ids = self._ops.local_ids(topk_ids, self._context.world_size, num_local)
+        ids = self._ops.local_ids(topk_ids, self._context.world_size, self.shape.num_local)
         for local_ids, slots in zip(ids.unbind(0), self._slots, strict=True):
             self._ops.send(x, local_ids, topk_weights, *slots, step_tokens)
         return RdepHandle(visited=(ids >= 0).any(-1))
@@ -137,9 +135,9 @@ class Rdep:
         for first in range(0, sources.shape[0], self.shape.pass_rows):
             source = sources[first : first + self.shape.pass_rows]
             token = tokens[first : first + self.shape.pass_rows]
-            rows = experts.forward(
-                received.payload[source, token], received.ids[source, token], received.weights[source, token]
-            )
+            ids = received.ids[source, token]
+            rows = experts.forward(received.payload[source, token], ids, received.weights[source, token])
+            self.expert_rows += torch.bincount(ids.flatten() + 1, minlength=self.shape.num_local + 1)[1:]
             self._give_back(source, token, rows)
 
     def _give_back(self, source: Tensor, token: Tensor, rows: Tensor) -> None:

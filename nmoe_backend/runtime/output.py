@@ -72,6 +72,7 @@ class StepResult:
     prompt_logprobs: Mapping[int, Sequence[LogprobColumns]] = field(default_factory=dict)
     embeddings: Mapping[int, Tensor] = field(default_factory=dict)  # row -> [D]
     error_word: Tensor | None = None  # [1] int32
+    expert_rows: Tensor | None = None  # [E] int64, running totals: on a CPU the next step's may be in them
 
     def on_host(self) -> StepResult:
         """The same in host memory, once the stream has come there."""
@@ -85,6 +86,7 @@ class StepResult:
             prompt_logprobs={row: [part.on_host() for part in parts] for row, parts in self.prompt_logprobs.items()},
             embeddings={row: _on_host(values) for row, values in self.embeddings.items()},
             error_word=None if self.error_word is None else _on_host(self.error_word),
+            expert_rows=None if self.expert_rows is None else _on_host(self.expert_rows),
         )
 
     def read(self) -> RankOutput:
@@ -97,6 +99,7 @@ class StepResult:
             },
             embeddings={row: values.tolist() for row, values in self.embeddings.items()},
             error_word=0 if self.error_word is None else int(self.error_word),
+            expert_rows=() if self.expert_rows is None else self.expert_rows.tolist(),
         )
         if self.sampled is None:
             return output

@@ -178,8 +178,9 @@ class Worker:
 
     def _output(self, plan: RankPlan, sampled: SampledTokens | None, **rest: Any) -> PendingOutput:
         """`rest`: what else StepResult holds."""
-        error_word = self._require_model().error_word
-        result = StepResult(sampled=sampled, sampling_rows=_sampling_rows(plan), error_word=error_word, **rest)
+        if (exchange := self._require_model().exchange) is not None:
+            rest |= {"error_word": exchange.error_word, "expert_rows": exchange.expert_rows}
+        result = StepResult(sampled=sampled, sampling_rows=_sampling_rows(plan), **rest)
         return StepOutput(result, self._context.stream)
 
     def _require_model(self) -> DecoderModel:

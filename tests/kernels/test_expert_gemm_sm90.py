@@ -111,6 +111,11 @@ def _choices(counts: list[int], world_size: int = 2, top_k: int = 4, seed: int =
     return ids.view(world_size, tokens, top_k).to(DEVICE)
 
 
+def _counts(ids: Tensor, num_experts: int) -> Tensor:
+    """How many choices fell on each expert."""
+    return torch.stack([(ids == expert).sum() for expert in range(num_experts)])
+
+
 @pytest.mark.parametrize(
     "counts",
     [
@@ -154,7 +159,9 @@ def test_an_index_equals_its_reference():
         ids[torch.rand(ids.shape, generator=g) < 0.7] = -1
         ids = ids.to(DEVICE)
         rows = expert_rows(ids, num_experts, 0)
-        expert_row_index(rows, ids, num_experts, step)
+        for times in (1, 2):
+            expert_row_index(rows, ids, num_experts, step)
+            assert torch.equal(rows.totals, times * _counts(ids[:, :step], num_experts))
         want, spans = expert_row_index_reference(ids, num_experts, step)
         assert torch.equal(rows.row_idx[0, :, :step], want[:, :step])
         tiles = []
@@ -173,6 +180,7 @@ def test_windows_cover_every_choice_once():
     layer.index()
     assert layer.rows.num_windows == 4
     assert torch.equal((layer.rows.row_idx >= 0).sum(0), torch.ones_like(ids, dtype=torch.int64))
+    assert torch.equal(layer.rows.totals, _counts(ids, 4))
     for window in range(4):
         layer.y.fill_(float("nan"))
         layer.h_scales.fill_(float("nan"))

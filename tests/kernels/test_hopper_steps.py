@@ -75,6 +75,7 @@ def rounded_table(rank, request, switches):
         max_tokens=request.max_tokens,
         hidden_size=request.spec.hidden_size,
         top_k=router.top_k,
+        num_local=router.num_experts // rank.world_size,
         dtype=request.dtype,
         pass_rows=512,
     )
@@ -159,7 +160,8 @@ class Lockstep:
         self._ops, self._exchange = ops, exchange
         self._plain = PlainOps(ops_for(torch.device("cuda:0")))
         self._num_real = 0
-        self.pads_steps, self.captures, self.error_word = True, False, exchange.error_word
+        self.pads_steps, self.captures = True, False
+        self.error_word, self.expert_rows = exchange.error_word, exchange.expert_rows
         self.errors: dict[str, list[float]] = {}
         self.routed: list[bool] = []  # whether a token went to the experts of plain torch
 
@@ -279,6 +281,20 @@ def test_teacher_forced_logits_are_those_of_the_rounded_reference(replayed, refe
 def test_a_replay_equals_an_eager_step_bit_for_bit(run, replayed):
     for eager, graph in zip(run(capture=False), replayed, strict=True):
         assert torch.equal(eager.logits, graph.logits)
+
+
+def test_every_choice_of_a_real_token_is_counted_and_no_other(model):
+    """In graphs and in steps with prefill, padding left out: 2 layers with experts, 4 choices a token."""
+    replica = Replica(
+        model, 2, limits=limits_for(2, 16, max_batch_size=8, max_prefill_tokens=32, max_seq_len=96, num_pages=64),
+        dtype=torch.bfloat16, device="cuda:0", keep_quantized=True, buckets=BUCKETS,
+    )  # fmt: skip
+    Driver(replica).generate(PROMPTS, NUM_TOKENS, chunk=16)
+    idle = replica.step()  # ranks without rows say so too
+    replica.close()
+    num_fed = sum(len(prompt) + NUM_TOKENS - 1 for prompt in PROMPTS)
+    assert [len(output.expert_rows) for output in idle] == [8, 8]
+    assert sum(sum(output.expert_rows) for output in idle) == num_fed * 2 * 4
 
 
 def test_padding_changes_nothing(run, replayed):

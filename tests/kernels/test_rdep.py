@@ -27,10 +27,6 @@ class _Experts:
     w2: Tensor
     rows_seen: list[int]
 
-    @property
-    def num_local(self) -> int:
-        return self.w13.shape[0]
-
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         self.rows_seen.append(x.shape[0])
         return ops_for(x.device).experts(x, ids, weights, self.w13, self.w2)
@@ -41,22 +37,23 @@ class Exchange:
 
     def __init__(self, world_size: int, max_tokens: int, pass_rows: int = 64, device: str = "cpu") -> None:
         self.contexts = RankGroup.create(world_size, [device] * world_size, 1.0)
+        self.num_local = EXPERTS // world_size
         shape = RdepShape(
-            max_tokens=max_tokens, hidden_size=HIDDEN, top_k=TOP_K, dtype=torch.float32, pass_rows=pass_rows
-        )
+            max_tokens=max_tokens, hidden_size=HIDDEN, top_k=TOP_K, num_local=self.num_local, dtype=torch.float32,
+            pass_rows=pass_rows,
+        )  # fmt: skip
         self.rows_seen: list[int] = []
         ops = ops_for(torch.device(device)).rdep
         self.ranks = [Rdep(context, shape, ops) for context in self.contexts]
         generator = torch.Generator().manual_seed(3)
         self.w13 = torch.randn(EXPERTS, 2 * INTER, HIDDEN, generator=generator).to(device) * 0.2
         self.w2 = torch.randn(EXPERTS, HIDDEN, INTER, generator=generator).to(device) * 0.2
-        self.num_local = EXPERTS // world_size
 
     def dispatch(self, tokens: list[tuple[Tensor, Tensor, Tensor]], order: list[int] | None = None) -> list[RdepHandle]:
         step_tokens = max(x.shape[0] for x, _, _ in tokens)
         handles = {}
         for rank in order or range(len(self.ranks)):
-            handles[rank] = self.ranks[rank].dispatch(*tokens[rank], self.num_local, step_tokens)
+            handles[rank] = self.ranks[rank].dispatch(*tokens[rank], step_tokens)
         return [handles[rank] for rank in range(len(self.ranks))]
 
     def compute(self, step_tokens: int, order: list[int] | None = None) -> None:
@@ -96,6 +93,11 @@ def test_exchange_equals_all_experts_in_one_place(counts, pass_rows, device):
     tokens = _tokens(counts, device=device)
     _assert_equal(exchange.run(tokens), exchange.reference(tokens))
     assert max(exchange.rows_seen) <= pass_rows
+    chosen = torch.cat([ids.flatten() for _, ids, _ in tokens]).tolist()
+    for times in (1, 2):
+        rows = [count for rank in exchange.ranks for count in rank.expert_rows.tolist()]
+        assert rows == [times * chosen.count(expert) for expert in range(EXPERTS)]
+        exchange.run(tokens)
 
 
 @pytest.mark.parametrize("owner", [0, 1])

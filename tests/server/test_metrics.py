@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +56,7 @@ def test_every_declared_metric_is_exported(triton: TritonServer) -> None:
         assert f"# TYPE {spec.name} {spec.kind}" in exported, spec.name
 
 
-def test_counters_grow_by_what_the_clients_counted(triton: TritonServer) -> None:
+def test_counters_grow_by_what_the_clients_counted(triton: TritonServer, model_path: Path) -> None:
     def ask(index: int) -> Answer:
         with Stream(triton.grpc) as stream:
             prompt = [3 + index] * (index + 1)
@@ -93,6 +94,12 @@ def test_counters_grow_by_what_the_clients_counted(triton: TritonServer) -> None
         return {name: values[name] - before[name] for name in expected}
 
     after = scrape_when(triton, lambda values: grown(values) == expected)
+    config = json.loads((model_path / "config.json").read_text())
+    num_layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
+    num_fed = sum(range(1, NUM_STREAMS + 1)) + num_tokens - NUM_STREAMS  # a last token is fed to nobody
+    rows = [after[name] - before[name] for name in before if name.startswith("nmoe_expert_rows_total")]
+    assert len(rows) == 8 and sum(rows) == num_fed * num_layers * config["num_experts_per_tok"]
+    assert 1.0 <= after["nmoe_expert_imbalance_ratio"] <= config["n_routed_experts"]
     num_steps = after["nmoe_steps_total"] - before["nmoe_steps_total"]
     assert num_steps >= MAX_TOKENS and after["nmoe_step_duration_seconds_count"] <= after["nmoe_steps_total"]
     assert after["nmoe_busy_seconds_total"] > before["nmoe_busy_seconds_total"]

@@ -460,11 +460,11 @@ def test_a_request_starts_once_when_its_first_chunk_is_planned_also_where_it_is_
     assert steps.scheduler.preemptions_total > 0 and started == [1, 2, 3]
 
 
-def test_expert_rows_add_up_and_an_error_word_is_counted() -> None:
+def test_expert_rows_are_each_ranks_last_word_and_an_error_word_is_counted() -> None:
     steps = Steps(make_limits(num_ranks=2), overlap=False)
     scheduler = steps.scheduler
     scheduler.add(make_request(1, [1, 2, 3], 4), CollectingSink())
-    for rows, word in (((1, 2), 0), ((3, 5), 0), ((9, 9), 4)):
+    for rows, word in (((1, 2), 0), ((), 0), ((4, 7), 0), ((9, 9), 4)):
         plan = scheduler.schedule()
         assert plan is not None
         ranks = [RankOutput(token_ids=[5] * sum(share.samples)) for share in plan.ranks]
@@ -474,4 +474,4 @@ def test_expert_rows_add_up_and_an_error_word_is_counted() -> None:
                 scheduler.commit(plan.step_id, outputs)
         else:
             scheduler.commit(plan.step_id, outputs)
-    assert scheduler.expert_rows == [[4, 7], []] and scheduler.error_words_total == 1
+    assert scheduler.expert_rows == [(4, 7), ()] and scheduler.error_words_total == 1
