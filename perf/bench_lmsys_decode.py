@@ -1,27 +1,33 @@
 """P1 and P2: decode steps of one rank of eight in loopback, DeepSeek-V3 at full size, through the production worker.
 
-    python -m perf.bench_lmsys_decode --commit HASH [--rows 256 32] [--steps 100] [--output FILE] [--save]
+    python -m perf.bench_lmsys_decode --commit HASH [--parts goals batch context skew] [--output FILE] [--save]
 
-Random fp8 weights of all 61 layers (load_format = "dummy"), 32 local experts, a KV cache of random latents; --rows
-sequences decode --steps tokens each around --context tokens, greedy, one step launched while the one before runs, as
-the engine does. A step is one graph replay from static buffers, then the sampler.
+Random fp8 weights of all 61 layers (load_format = "dummy"), 32 local experts, a KV cache of random latents; sequences
+decode --steps tokens each around a context, greedy, one step launched while the one before runs, as the engine does. A
+step is one graph replay from static buffers, then the sampler.
 
+parts      goals: --rows at --context, with a breakdown. batch: 1 ... 256 rows at --context. context: 1k ... 128k, with
+           as many rows, a power of two, as 8,320 pages hold. skew: --rows with a bias that makes every token choose the
+           first expert of each rank that it visits, so that one local expert has half of all rows.
 raw        rows / wall time of a step.
 corrected  raw with NVLink put back: loopback moves the exchange's bytes at HBM speed. Each layer's bytes that would
            leave the GPU, at --nvlink, less their time in HBM, are added to the step. The rate is that of a copy between
            two H200 (385 GB/s), not of our kernels on two GPUs: the corrected figure is projected, and so are all
            figures of eight GPUs.
-idle       share of the step in which the GPU waits: 1 - (back-to-back replays of the graph + sampler) / step.
-breakdown  kernel times of one replay, from the profiler (CUPTI), summed by operation.
+idle       share of the profiled steps that lies in gaps of more than 10 us without a kernel or a copy on the GPU.
+breakdown  kernel times of a step, from the profiler (CUPTI), summed by operation.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +37,20 @@ from nmoe_backend import models, warmup
 from nmoe_backend.config import ServeConfig
 from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import RankPlan, SamplingParams, SlotInit, StepPlan
+from perf import results
+from perf.device_trace import DeviceTrace, trace
 
 CONFIG = Path(__file__).parent / "lmsys_decode.toml"
-BASELINE = Path(__file__).parent / "baselines" / "h200.json"
+LONG_CONTEXTS = {"max_batch_size": 128, "max_seq_len": 131200, "num_pages": 8320}
 GOALS = {256: ("P1", 4500.0, "tokens/s/GPU, projected"), 32: ("P2", 8000.0, "tokens/s/node, projected")}
+PARTS = ("goals", "batch", "context", "skew")
+BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
+CONTEXTS = tuple(1024 << power for power in range(8))
+SWEEP_STEPS = 30
 NODE_GPUS = 8
 HBM_BYTES_S = 4.2e12
 WARM_STEPS = 10
+TRACED_STEPS = 4
 # First match wins: part of a kernel's name -> operation.
 OPERATIONS = (
     ("mla_decode", "attention"),
@@ -65,14 +78,16 @@ OPERATIONS = (
 class Decode:
     """Sequences that decode side by side on one worker, driven by hand-written plans."""
 
-    def __init__(self, worker: Worker, config: ServeConfig, rows: int, start: int) -> None:
+    def __init__(self, worker: Worker, config: ServeConfig, rows: int, start: int, end: int) -> None:
+        """Positions [start, end)."""
         self.worker, self.rows, self._position, self._step_id = worker, rows, start, 0
         page_size = config.kv_layout.page_size
-        per_row = -(-config.max_seq_len // page_size)
+        per_row = -(-end // page_size)
         pages = torch.randperm(config.num_pages, generator=torch.Generator().manual_seed(0))
         self._page_size, self._pages = page_size, pages[: rows * per_row].view(rows, per_row).tolist()
         device = worker._state.block_tables.device
-        worker._state.block_tables[:rows] = torch.tensor(self._pages, dtype=torch.int32, device=device)
+        tables = torch.tensor(self._pages, dtype=torch.int32, device=device)
+        worker._state.block_tables[:rows, :per_row] = tables
         worker._state.last_tokens[:rows] = torch.arange(rows, device=device) * 101 + 7
         self._admitted = [
             SlotInit(slot=slot, sampling=SamplingParams(temperature=0.0, ignore_eos=True, seed=slot), prompt_ids=(1,))
@@ -98,10 +113,6 @@ class Decode:
 
     def run(self, steps: int) -> tuple[float, list[int]]:
         """Seconds a step, and the last step's tokens."""
-        before = None
-        for _ in range(WARM_STEPS):
-            before = self.worker.execute(self.plan())
-        before.wait(60.0)
         began, before = time.perf_counter(), None
         for _ in range(steps):
             launched = self.worker.execute(self.plan())
@@ -114,44 +125,26 @@ class Decode:
         return (time.perf_counter() - began) / steps, list(output.token_ids)
 
 
-def replay_seconds(worker: Worker, rows: int, repeats: int = 10) -> float:
-    """Of one replay of the forward graph, back to back; the last step's columns again."""
-    graph, _ = worker._decode._graphs[next(size for size in worker._decode._buckets if size >= rows)]
-    with worker._context.activate():
-        times = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        graph.replay()
-        times[0].record()
-        for _ in range(repeats):
-            graph.replay()
-        times[1].record()
-    torch.cuda.synchronize()
-    return times[0].elapsed_time(times[1]) / 1e3 / repeats
-
-
-def breakdown(worker: Worker, decode: Decode) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+def breakdown(traced: DeviceTrace, steps: int) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Operation -> launches and microseconds of a step, sampler included; and the same by kernel."""
-    steps = 2
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            decode.worker.execute(decode.plan()).wait(60.0)
-        torch.cuda.synchronize()
-    by_kernel: dict[str, list[float]] = defaultdict(list)
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            by_kernel[event.name].append(event.device_time_total)
     operations: dict[str, dict[str, float]] = defaultdict(lambda: {"launches": 0.0, "us": 0.0})
     kernels = {}
-    for name, times in by_kernel.items():
+    for name, (count, total_us) in traced.by_name().items():
         operation = next((found for part, found in OPERATIONS if part in name), "other")
-        operations[operation]["launches"] += len(times) / steps
-        operations[operation]["us"] += sum(times) / steps
-        kernels[name[:80]] = {"launches": len(times) / steps, "us": sum(times) / steps}
+        operations[operation]["launches"] += count / steps
+        operations[operation]["us"] += total_us / steps
+        kernels[name[:80]] = {"launches": count / steps, "us": total_us / steps}
     return dict(operations), kernels
+
+
+def moe_layers(worker: Worker) -> list[Any]:
+    """The layers' MoE modules."""
+    return [layer._ffn for layer in worker._model._layers if hasattr(layer._ffn, "_exchange")]
 
 
 def exchange_bytes(worker: Worker, rows: int) -> tuple[float, float]:
     """Ranks that a token visits (of the last layer's choices), and the bytes a layer that would leave the GPU."""
-    exchange = worker._model._layers[-1]._ffn._exchange
+    exchange = moe_layers(worker)[-1]._exchange
     layout = exchange.rdep.layout
     visited = (exchange.rdep.received["ids"][:, :rows] >= 0).any(-1).sum().item() / rows
     there = layout.hidden_size + 4 * layout.scales_per_row + 8 * layout.top_k
@@ -160,97 +153,152 @@ def exchange_bytes(worker: Worker, rows: int) -> tuple[float, float]:
     return visited, rows * away * (there + back)
 
 
-def measure(worker: Worker, config: ServeConfig, rows: int, args: argparse.Namespace) -> dict[str, Any]:
-    decode = Decode(worker, config, rows, args.context - args.steps // 2 - WARM_STEPS)
-    step_s, tokens = decode.run(args.steps)
-    replay_s = replay_seconds(worker, rows)
+@contextmanager
+def hot_experts(worker: Worker) -> Iterator[None]:
+    """Every token chooses the first expert of each rank that it visits: a bias of 1 puts it above all others."""
+    layers = moe_layers(worker)
+    first = [layer._router._bias[:: layer._exchange.rdep.layout.num_local] for layer in layers]
+    with torch.inference_mode():
+        torch._foreach_add_(first, 1.0)
+    yield
+    with torch.inference_mode():
+        torch._foreach_add_(first, -1.0)
+
+
+def measure(
+    worker: Worker, config: ServeConfig, rows: int, context: int, steps: int, nvlink_gb_s: float, *, with_trace: bool
+) -> dict[str, Any]:
+    """One entry of the results."""
+    start = context - steps // 2 - WARM_STEPS
+    decode = Decode(worker, config, rows, start, start + WARM_STEPS + steps + TRACED_STEPS)
+    decode.run(WARM_STEPS)
+    step_s, tokens = decode.run(steps)
     visited, moved = exchange_bytes(worker, rows)
-    num_moe = sum(hasattr(layer._ffn, "_exchange") for layer in worker._model._layers)
-    corrected_s = step_s + num_moe * moved * (1 / (args.nvlink * 1e9) - 2 / HBM_BYTES_S)
-    operations, kernels = breakdown(worker, decode)
-    return {
+    corrected_s = step_s + len(moe_layers(worker)) * moved * (1 / (nvlink_gb_s * 1e9) - 2 / HBM_BYTES_S)
+    result = {
         "rows": rows,
+        "context": context,
         "step_ms": step_s * 1e3,
         "corrected_step_ms": corrected_s * 1e3,
-        "forward_replay_ms": replay_s * 1e3,
         "raw_tok_s_gpu": rows / step_s,
         "corrected_tok_s_gpu": rows / corrected_s,
         "ranks_a_token_visits": visited,
         "exchange_bytes_a_layer": moved,
         "distinct_tokens": len(set(tokens)),
-        "operations_us": operations,
-        "kernels_us": kernels,
     }
+    if with_trace:
+        traced = trace(lambda: decode.run(TRACED_STEPS))
+        result["idle_share"] = traced.idle_share()
+        result["operations_us"], result["kernels_us"] = breakdown(traced, TRACED_STEPS)
+    return result
+
+
+@contextmanager
+def built(config: ServeConfig, buckets: Sequence[int]) -> Iterator[Worker]:
+    """A loaded worker whose KV cache holds random latents; its memory is free again afterwards."""
+    spec = models.load_spec(config.model_path)
+    workers, _ = warmup.build_workers(config, config.replicas[0], spec, print, buckets=sorted(buckets))
+    for layer in workers[0]._kv_cache.layers:
+        layer.normal_()
+    try:
+        yield workers[0]
+    finally:
+        workers[0].close()
+        workers.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def rows_at(context: int, config: ServeConfig) -> int:
+    """The largest power of two of rows whose context, and a page to grow into, fits the pages."""
+    pages = context // config.kv_layout.page_size + 1
+    most = min(config.max_batch_size, config.num_pages // pages)
+    return 1 << (most.bit_length() - 1)
+
+
+def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Entries as they are measured."""
+
+    def one(worker: Worker, config: ServeConfig, part: str, rows: int, context: int) -> dict[str, Any]:
+        is_goal = part in ("goals", "skew")
+        steps = args.steps if is_goal else SWEEP_STEPS
+        return {"part": part} | measure(worker, config, rows, context, steps, args.nvlink, with_trace=is_goal)
+
+    short = ServeConfig.from_toml(CONFIG)
+    of_short = set(args.parts) - {"context"}
+    if of_short:
+        buckets = {*args.rows, *(BATCH_ROWS if "batch" in args.parts else ())}
+        with built(short, sorted(buckets)) as worker:
+            for part in (part for part in PARTS if part in of_short):
+                with hot_experts(worker) if part == "skew" else nullcontext():
+                    for rows in BATCH_ROWS if part == "batch" else args.rows:
+                        yield one(worker, short, part, rows, args.context)
+    if "context" in args.parts:
+        long = ServeConfig.from_toml(CONFIG, LONG_CONTEXTS)
+        shapes = [(rows_at(context, long), context) for context in CONTEXTS]
+        with built(long, sorted({rows for rows, _ in shapes})) as worker:
+            for rows, context in shapes:
+                yield one(worker, long, "context", rows, context)
 
 
 def report(result: dict[str, Any]) -> None:
-    rows = result["rows"]
+    """One entry."""
     print(
-        f"\n{rows} sequences: step {result['step_ms']:.2f} ms (forward replay {result['forward_replay_ms']:.2f}) = "
-        f"{result['raw_tok_s_gpu']:.0f} tok/s/GPU raw, {result['corrected_tok_s_gpu']:.0f} corrected (projected); "
-        f"a token visits {result['ranks_a_token_visits']:.2f} ranks; {result['distinct_tokens']} distinct tokens"
+        f"{result['part']:8s} {result['rows']:4d} sequences at {result['context']:6d}: "
+        f"step {result['step_ms']:6.2f} ms = {result['raw_tok_s_gpu']:5.0f} tok/s/GPU raw, "
+        f"{result['corrected_tok_s_gpu']:5.0f} corrected (projected); a token visits "
+        f"{result['ranks_a_token_visits']:.2f} ranks; {result['distinct_tokens']} distinct tokens",
+        flush=True,
     )
+    if "operations_us" not in result:
+        return
     total = sum(entry["us"] for entry in result["operations_us"].values())
     for name, entry in sorted(result["operations_us"].items(), key=lambda item: -item[1]["us"]):
         print(f"  {name:38s} {entry['launches']:7.0f} launches {entry['us'] / 1e3:8.3f} ms {entry['us'] / total:6.1%}")
-    print(f"  {'sum of kernels':38s} {'':16s} {total / 1e3:8.3f} ms", flush=True)
+    print(f"  {'sum of kernels':38s} {'':16s} {total / 1e3:8.3f} ms; idle {result['idle_share']:.2%}", flush=True)
 
 
-def baselines(results: list[dict[str, Any]], commit: str) -> dict[str, dict[str, Any]]:
-    """Goal id -> its line of perf/baselines/h200.json."""
+def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """P1 and P2, where they were measured."""
     lines = {}
-    for result in results:
-        if result["rows"] not in GOALS:
+    for entry in entries:
+        if entry["part"] != "goals" or entry["rows"] not in GOALS:
             continue
-        name, goal, unit = GOALS[result["rows"]]
+        name, goal, unit = GOALS[entry["rows"]]
         gpus = NODE_GPUS if "node" in unit else 1
-        lines[name] = {
-            "value": round(result["corrected_tok_s_gpu"] * gpus),
-            "raw": round(result["raw_tok_s_gpu"] * gpus),
-            "unit": unit,
-            "goal": goal,
-            "commit": commit,
-            "method": "perf/bench_lmsys_decode.py: one H200 in loopback, NVLink from 385 GB/s; greedy, ctx 2000",
-        }
+        lines[name] = results.goal_line(
+            round(entry["corrected_tok_s_gpu"] * gpus),
+            unit,
+            goal,
+            args,
+            raw=round(entry["raw_tok_s_gpu"] * gpus),
+            method=f"perf/bench_lmsys_decode.py, {args.steps} steps: one GPU in loopback, NVLink from {args.nvlink:g} "
+            f"GB/s; greedy, ctx {args.context}",
+        )
     return lines
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints each entry and writes the document as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["goals"])
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 32])
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--nvlink", type=float, default=385.0, help="GB/s between two GPUs")
-    parser.add_argument("--commit", required=True)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--save", action="store_true", help="write the goals' lines into perf/baselines/h200.json")
-    args = parser.parse_args()
-    config = ServeConfig.from_toml(CONFIG)
-    spec = models.load_spec(config.model_path)
-    workers, _ = warmup.build_workers(config, config.replicas[0], spec, print, buckets=sorted(args.rows))
-    for layer in workers[0]._kv_cache.layers:
-        layer.normal_()
-    results = []
-    for rows in args.rows:
-        results.append(measure(workers[0], config, rows, args))
-        report(results[-1])
-        document = {
-            "commit": args.commit,
-            "gpu": torch.cuda.get_device_name(0),
-            "torch": torch.__version__,
-            "memory_gb": torch.cuda.max_memory_reserved() / 1e9,
-            "arguments": {**vars(args), "output": str(args.output)},
-            "method": __doc__,
-            "results": results,
-        }
-        if args.output:
-            args.output.write_text(json.dumps(document, indent=1))
-    if args.save:
-        kept = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
-        BASELINE.write_text(json.dumps({**kept, **baselines(results, args.commit)}, indent=2) + "\n")
-    print(json.dumps(baselines(results, args.commit)))
-    sys.stdout.flush()
+    results.add_arguments(parser)
+    args = results.parse(parser, argv)
+    results.require_gpu()
+    entries: list[dict[str, Any]] = []
+    for entry in run_parts(args):
+        report(entry)
+        entries.append(entry | {"memory_gb": torch.cuda.max_memory_reserved() / 1e9})
+        lines = goal_lines(entries, args)
+        made = results.document("lmsys_decode", args, method=__doc__ or "", results=entries, goals=lines)
+        results.write(made, args)
+    print(json.dumps(goal_lines(entries, args)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
