@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from nmoe_backend.config import ServeConfig
 from scripts.make_tiny_checkpoint import make_checkpoint
 from tests.generation import GREEDY, engine_of, generate, replace, tokens
+from tests.server.test_metrics import scrape, scrape_when
 from tests.triton_server import TritonServer
 
 TOML = """
@@ -40,6 +43,20 @@ def test_the_server_on_a_gpu_gives_exactly_the_engines_tokens(preset: str, dtype
     with engine_of(ServeConfig.from_toml(toml)) as engine:  # one at a time: the same batch shapes as below
         offline = [tokens(generate(engine, [prompt], sampling))[0] for prompt in prompts]
     body = {"max_tokens": 16, "temperature": 0.0, "ignore_eos": True}
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    visits = (config["num_hidden_layers"] - config["first_k_dense_replace"]) * config["num_experts_per_tok"]
+    num_fed = sum(len(prompt) + 15 for prompt in prompts)  # a last token is fed to nobody
     with TritonServer(toml) as server:
         answers = [server.generate({"input_ids": prompt, **body})["output_ids"] for prompt in prompts]
+        values = scrape_when(server, lambda values: values["nmoe_generation_tokens_total"] == 16 * len(prompts))
+        assert sum(values[f"nmoe_expert_rows_total{{{rank}}}"] for rank in range(8)) == num_fed * visits
+        wait_until_busy(server, {"input_ids": prompts[0], **body})
     assert answers == offline
+
+
+def wait_until_busy(server: TritonServer, body: dict[str, object]) -> None:
+    """Until the server says that its GPU computes, which it does meanwhile."""
+    limit = time.monotonic() + 20.0
+    while scrape(server)["nmoe_gpu_utilization_percent{0}"] == 0.0:
+        assert time.monotonic() < limit, "the GPU is never seen to compute"
+        server.generate(body)
