@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nmoe_backend import models
-from nmoe_backend.models.checkpoint import RankCheckpoint, hub_files, open_rank, sharded_file
-from nmoe_backend.models.spec import ModelSpec
+from nmoe_backend.models.checkpoint import Checkpoint, RankCheckpoint, hub_files, sharded_file
 from nmoe_backend.safetensors_header import DTYPE_BYTES, TensorInfo, encode_header
 from nmoe_backend.types import ConfigError
 
@@ -89,7 +88,8 @@ def convert(source: Path, out: Path, world_size: int, progress: Progress = lambd
     hub_files(source)  # a clear error when the source is not in the hub's form
     record = _record(source, world_size)
     _check_record(out, record)
-    jobs = [_RankJob.plan(source, out, spec, rank, world_size) for rank in range(world_size)]
+    checkpoint = Checkpoint(source, spec)
+    jobs = [_RankJob.plan(checkpoint, out, rank, world_size) for rank in range(world_size)]
     _check_disk_space(out, sum(job.missing_bytes() for job in jobs))
     out.mkdir(parents=True, exist_ok=True)
     _write_durably(out / RECORD_FILE, (json.dumps(record, indent=2) + "\n").encode())
@@ -135,11 +135,11 @@ class _RankJob:
     ends: Mapping[str, int]  # parameter -> where its bytes end in the file, in file order
 
     @classmethod
-    def plan(cls, source: Path, out: Path, spec: ModelSpec, rank: int, world_size: int) -> _RankJob:
-        checkpoint = open_rank(source, spec, rank, world_size)
+    def plan(cls, checkpoint: Checkpoint, out: Path, rank: int, world_size: int) -> _RankJob:
+        share = checkpoint.share(rank, world_size)
         layout = {
-            param.name: ("F32" if param.float32 else checkpoint.pieces(param)[0].dtype, param.shape)
-            for param in checkpoint.params
+            param.name: ("F32" if param.float32 else share.pieces(param)[0].dtype, param.shape)
+            for param in share.params
         }
         header = encode_header(layout)
         ends, end = {}, len(header)
@@ -147,7 +147,7 @@ class _RankJob:
             end += math.prod(shape) * DTYPE_BYTES[dtype]
             ends[name] = end
         path = out / sharded_file(rank, world_size)
-        return cls(rank=rank, path=path, checkpoint=checkpoint, header=header, ends=ends)
+        return cls(rank=rank, path=path, checkpoint=share, header=header, ends=ends)
 
     @property
     def total(self) -> int:

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from nmoe_backend import environ, memory, preflight
 from nmoe_backend.config import ReplicaConfig, ServeConfig, engine_limits
@@ -24,12 +25,14 @@ from nmoe_backend.engine import Engine
 from nmoe_backend.layers.context import LayerContext
 from nmoe_backend.model import DecoderModel
 from nmoe_backend.models import load_spec
+from nmoe_backend.models.checkpoint import Checkpoint
 from nmoe_backend.models.spec import ModelSpec
 from nmoe_backend.orchestrator import Orchestrator
 from nmoe_backend.parallel.ranks import RankContext, RankGroup
 from nmoe_backend.runtime.dummy_weights import dummy_rank_weights
 from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.runtime.sampler import build_sampler
+from nmoe_backend.runtime.weight_reader import ReadMeter
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import (
@@ -89,8 +92,9 @@ def build_workers(
     contexts = RankGroup.create(replica.world_size, devices, config.rank_timeout_s)
     name = f"replica {replica.replica_id}"
     with ThreadPoolExecutor(replica.world_size, thread_name_prefix="nmoe-load") as pool:
-        with _stage(progress, f"{name}: weights on {replica.world_size} ranks"):
-            models = list(pool.map(lambda context: _load_model(config, replica, spec, context, dtype), contexts))
+        with _stage(progress, f"{name}: weights on {replica.world_size} ranks") as notes:
+            load = _weights_of(config, spec, lambda line: progress(f"{name}: weights: {line}"), notes)
+            models = list(pool.map(lambda context: _load_model(config, replica, spec, context, dtype, load), contexts))
         num_pages = _num_pages(config, replica, devices)
         limits = engine_limits(config, num_pages, replica)
         with _stage(progress, f"{name}: {num_pages} KV pages a rank"):
@@ -120,8 +124,20 @@ def _dtype(config: ServeConfig) -> torch.dtype:
     return torch.float32 if memory.compute_bytes(config, memory.model_dims(config)) == 4 else torch.bfloat16
 
 
+Load = Callable[..., dict[str, Tensor]]  # a rank's weights: load_rank_weights but for its first argument
+
+
+def _weights_of(config: ServeConfig, spec: ModelSpec, say: Progress, notes: list[Callable[[], str]]) -> Load:
+    """What loads a rank's weights; `notes` gets who tells how much was read."""
+    if config.load_format == "dummy":
+        return partial(dummy_rank_weights, spec)
+    meter = ReadMeter(say)
+    notes.append(meter.summary)
+    return partial(load_rank_weights, Checkpoint(config.model_path, spec), on_read=meter)
+
+
 def _load_model(
-    config: ServeConfig, replica: ReplicaConfig, spec: ModelSpec, context: RankContext, dtype: torch.dtype
+    config: ServeConfig, replica: ReplicaConfig, spec: ModelSpec, context: RankContext, dtype: torch.dtype, load: Load
 ) -> DecoderModel:
     keep_quantized = config.device == "cuda"  # dequantised, DeepSeek-V3 would fit no GPU; memory.py counts the same way
     layer_context = LayerContext.create(
@@ -133,9 +149,7 @@ def _load_model(
         loopback_ranks=replica.loopback_ranks,
         switches=environ.debug_switches(),
     )
-    load = dummy_rank_weights if config.load_format == "dummy" else partial(load_rank_weights, config.model_path)
     weights = load(
-        spec,
         rank=context.rank,
         world_size=replica.expert_ranks,
         device=context.device,
@@ -176,12 +190,13 @@ def _free_and_total(device: torch.device) -> tuple[int, int]:
 
 
 @contextmanager
-def _stage(progress: Progress, what: str) -> Iterator[None]:
-    """Announces a stage, and again with its time when it is done."""
+def _stage(progress: Progress, what: str) -> Iterator[list[Callable[[], str]]]:
+    """Announces a stage, and again with its time when it is done, and with what the notes say then."""
     progress(f"{what} ...")
     began = time.monotonic()
-    yield
-    progress(f"{what}: {time.monotonic() - began:.1f} s")
+    notes: list[Callable[[], str]] = []
+    yield notes
+    progress(", ".join([f"{what}: {time.monotonic() - began:.1f} s", *[note() for note in notes]]))
 
 
 class _Check:

@@ -17,6 +17,7 @@ from torch import Tensor
 from nmoe_backend.layers.context import LayerContext
 from nmoe_backend.model import DecoderModel
 from nmoe_backend.models import load_spec
+from nmoe_backend.models.checkpoint import Checkpoint
 from nmoe_backend.models.deepseek_v3 import spec_from_config
 from nmoe_backend.models.spec import ModelSpec
 from nmoe_backend.parallel.ranks import RankContext, RankGroup
@@ -281,7 +282,7 @@ class Replica:
         if isinstance(source, Path):
             device = context.device
             return load_rank_weights(
-                source, self.spec, **ranks, device=device, dtype=dtype, keep_quantized=keep_quantized
+                Checkpoint(source, self.spec), **ranks, device=device, dtype=dtype, keep_quantized=keep_quantized
             )
         weights = rank_weights(source, dtype=dtype, **ranks)
         return {name: tensor.to(context.device) for name, tensor in weights.items()}

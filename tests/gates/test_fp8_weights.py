@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from nmoe_backend import memory, models, warmup
 from nmoe_backend.convert import convert
 from nmoe_backend.layers.table import hopper_misfit
+from nmoe_backend.models.checkpoint import Checkpoint
 from nmoe_backend.parallel.ranks import RankGroup
 from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.runtime.weights import load_rank_weights
@@ -80,8 +82,8 @@ def test_both_forms_give_the_same_logits(fp8_checkpoints, name, device):
 def _rank_of_a_gpu(path: Path, rank: int, world_size: int) -> dict[str, Tensor]:
     """What a rank on a GPU loads, on the CPU."""
     ranks = {"rank": rank, "world_size": world_size}
-    spec = models.load_spec(path)
-    return load_rank_weights(path, spec, **ranks, device="cpu", dtype=torch.bfloat16, keep_quantized=True)
+    checkpoint = Checkpoint(path, models.load_spec(path))
+    return load_rank_weights(checkpoint, **ranks, device="cpu", dtype=torch.bfloat16, keep_quantized=True)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])
@@ -93,7 +95,8 @@ def test_the_budget_says_what_the_warm_up_loads(fp8_checkpoints, tmp_path, name,
     config = serve_config(tmp_path, path, world_size, device=device_name, dtype="auto")
     dims, spec = memory.model_dims(config), models.load_spec(path)
     contexts = RankGroup.create(world_size, ["cpu"] * world_size, 1.0)
-    model = warmup._load_model(config, config.replicas[0], spec, contexts[-1], torch.bfloat16)
+    load = partial(load_rank_weights, Checkpoint(path, spec))
+    model = warmup._load_model(config, config.replicas[0], spec, contexts[-1], torch.bfloat16, load)
     buffers = contexts[-1]._group.buffers[-1]["rdep"]
     assert memory.weight_bytes(config, dims, world_size) == pytest.approx(weight_bytes_of(model), rel=0.01)
     exchanged = sum(tensor.nbytes for tensor in (buffers.payload, buffers.ids, buffers.weights, buffers.returned))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from nmoe_backend import convert as convert_module, models
 from nmoe_backend.convert import convert, main
-from nmoe_backend.models.checkpoint import open_rank, sharded_file, source_shape
+from nmoe_backend.models.checkpoint import Checkpoint, sharded_file, source_shape
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.safetensors_header import encode_header
 from nmoe_backend.types import ConfigError
@@ -60,9 +60,9 @@ def run_python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
 def rank_weights(
     path: Path, rank: int, dtype: torch.dtype = torch.float32, *, keep: bool = False
 ) -> dict[str, torch.Tensor]:
-    spec = models.load_spec(path)
+    checkpoint = Checkpoint(path, models.load_spec(path))
     ranks = {"rank": rank, "world_size": WORLD}
-    return load_rank_weights(path, spec, **ranks, device="cpu", dtype=dtype, keep_quantized=keep)
+    return load_rank_weights(checkpoint, **ranks, device="cpu", dtype=dtype, keep_quantized=keep)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -141,7 +141,7 @@ def test_a_resumed_rank_goes_on_behind_its_last_journaled_tensor(checkpoints, tm
         file.write("layers.0.at")  # a line cut by a crash
     first: list[int] = []
     convert(checkpoints["fp8"], tmp_path, WORLD, lambda rank, done, total: first.append(done))
-    params = open_rank(tmp_path, models.load_spec(tmp_path), 0, WORLD)
+    params = Checkpoint(tmp_path, models.load_spec(tmp_path)).share(0, WORLD)
     offset = params.tensors[next(p for p in params.params if p.name == names[-1]).sources[-1]].end
     assert first[0] == offset
 
@@ -216,7 +216,7 @@ def test_source_and_target_must_differ(checkpoints):
 def test_sharded_files_of_another_world_name_the_remedy(converted):
     spec = models.load_spec(converted["fp8"])
     with pytest.raises(ConfigError, match=r"got mp4 files, need mp8: run nmoe convert --world 8"):
-        open_rank(converted["fp8"], spec, 0, 8)
+        Checkpoint(converted["fp8"], spec).share(0, 8)
 
 
 def test_a_missing_or_misshapen_sharded_tensor_is_listed(converted, tmp_path):

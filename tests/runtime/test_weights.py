@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,18 +15,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nmoe_backend import models
-from nmoe_backend.models.checkpoint import open_rank, scale_name
+from nmoe_backend.models.checkpoint import Checkpoint, scale_name
+from nmoe_backend.runtime import weight_reader
 from nmoe_backend.runtime.dummy_weights import dummy_rank_weights
-from nmoe_backend.runtime.weights import load_rank_weights, read_bytes
+from nmoe_backend.runtime.weight_reader import Reader, ReadMeter, run_jobs
+from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.safetensors_header import TensorInfo
 from nmoe_backend.types import ConfigError
 
 WORLD = 8
+DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 
 
 def load(path: Path, rank: int = 0, world_size: int = WORLD, dtype: torch.dtype = torch.float32, **kwargs):
-    spec = models.load_spec(path)
-    return load_rank_weights(path, spec, rank=rank, world_size=world_size, device="cpu", dtype=dtype, **kwargs)
+    where = {"rank": rank, "world_size": world_size, "device": "cpu", **kwargs}
+    return load_rank_weights(opened(path), dtype=dtype, **where)
+
+
+def opened(path: Path) -> Checkpoint:
+    return Checkpoint(path, models.load_spec(path))
 
 
 def hub_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -144,24 +153,18 @@ def test_everything_is_cast_but_the_routers_parameters_stay_float32(checkpoints,
 
 @pytest.mark.parametrize(("form", "keep"), [("bfloat16", False), ("fp8", False), ("fp8", True)])
 def test_only_this_ranks_experts_are_read_and_each_byte_once(checkpoints, form, keep):
-    read: Counter[tuple[Path, int]] = Counter()
-
-    def counting(info: TensorInfo) -> bytearray:
-        read[info.file, info.begin] += info.num_bytes
-        return read_bytes(info)
-
+    read: list[TensorInfo] = []
     path = checkpoints[form]
-    load(path, rank=6, read=counting, keep_quantized=keep)
-    checkpoint = open_rank(path, models.load_spec(path), 6, WORLD)
-    mine = {(i.file, i.begin): i.num_bytes for i in checkpoint.tensors.values()}
-    assert dict(read) == mine
+    load(path, rank=6, on_read=read.append, keep_quantized=keep)
+    checkpoint = opened(path).share(6, WORLD)
+    assert Counter(read) == Counter(checkpoint.tensors.values())
     experts = {name for name in checkpoint.tensors if ".mlp.experts." in name}
     assert {name.split(".experts.")[1].split(".")[0] for name in experts} == {"6"}
 
 
 def test_mtp_layers_are_listed_and_ignored(checkpoints, caplog):
     path = checkpoints["float32"]
-    ignored = open_rank(path, models.load_spec(path), 0, WORLD).ignored
+    ignored = opened(path).share(0, WORLD).ignored
     assert "model.layers.3.eh_proj.weight" in ignored
     assert all(name.startswith("model.layers.3.") for name in ignored)
     with caplog.at_level("INFO"):
@@ -230,11 +233,106 @@ def test_a_truncated_shard_is_named(checkpoints, tmp_path):
         load(path)
 
 
-def test_a_file_that_shrinks_after_its_header_was_read_is_an_error(tmp_path):
-    file = tmp_path / "x"
-    file.write_bytes(bytes(10))
-    with pytest.raises(ConfigError, match="ended 6 bytes early"):
-        read_bytes(TensorInfo(dtype="U8", shape=(16,), file=file, begin=0, end=16))
+def fill(target: torch.Tensor, info: TensorInfo) -> None:
+    run_jobs([(info, lambda reader: reader.fill(target, info))], target.device, lambda info: None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_file_that_shrinks_after_its_header_was_read_is_an_error(tmp_path, device):
+    (tmp_path / "x").write_bytes(bytes(12))
+    info = TensorInfo(dtype="BF16", shape=(8,), file=tmp_path / "x", begin=0, end=16)
+    with pytest.raises(ConfigError, match="x ended 4 bytes early: it changed while it was read. Fetch it again"):
+        fill(torch.empty(8, dtype=torch.bfloat16, device=device), info)
+
+
+def test_a_file_that_went_away_is_an_error(tmp_path):
+    info = TensorInfo(dtype="F32", shape=(1,), file=tmp_path / "gone", begin=0, end=4)
+    with pytest.raises(ConfigError, match=r"cannot read .*gone: No such file or directory"):
+        fill(torch.empty(1), info)
+
+
+def test_after_an_error_the_other_readers_stop(monkeypatch):
+    """Reader two is inside its first job until reader one's thread, which failed, is gone."""
+    monkeypatch.setattr(weight_reader, "NUM_READERS", 2)
+    monkeypatch.setattr(weight_reader, "RUN_BYTES", 4)
+    infos = [TensorInfo(dtype="F32", shape=(1,), file=Path("x"), begin=n, end=n + 4) for n in range(0, 40, 4)]
+    both, threads, done = threading.Barrier(2, timeout=60), [], []
+
+    def fails(_reader: Reader) -> None:
+        threads.append(threading.current_thread())
+        both.wait()
+        raise ValueError("broken")
+
+    def waits(_reader: Reader) -> None:
+        both.wait()
+        threads[0].join(60)
+
+    jobs = [(infos[0], fails), (infos[1], waits), *[(info, done.append) for info in infos[2:]]]
+    with pytest.raises(ValueError, match="broken"):
+        run_jobs(jobs, torch.device("cpu"), lambda info: None)
+    assert done == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [0, 1, 4095, 4096, 4097, 40000])
+def test_a_tensor_of_any_size_arrives_byte_for_byte(tmp_path, monkeypatch, device, count):
+    """Sizes around and far above what a staging buffer holds; values that are NaN in fp8 too."""
+    monkeypatch.setattr(weight_reader, "STAGE_BYTES", 4096)
+    values = torch.randint(-128, 128, (count,), dtype=torch.int8, generator=torch.Generator().manual_seed(count))
+    (tmp_path / "x").write_bytes(b"head" + values.numpy().tobytes())
+    info = TensorInfo(dtype="F8_E4M3", shape=(count,), file=tmp_path / "x", begin=4, end=4 + count)
+    target = torch.zeros(count, dtype=torch.float8_e4m3fn, device=device)
+    fill(target, info)
+    assert torch.equal(target.cpu().view(torch.int8), values)
+
+
+def test_what_a_cpu_keeps_as_it_is_stored_is_read_into_the_result_itself(checkpoints, monkeypatch):
+    """No tensor is made to read into."""
+    monkeypatch.delattr(Reader, "read")
+    load(checkpoints["float32"])
+
+
+def test_neighbours_in_a_file_are_one_run_up_to_a_size(monkeypatch):
+    monkeypatch.setattr(weight_reader, "RUN_BYTES", 8)
+    spans = [("a", 0, 4), ("a", 4, 8), ("a", 8, 12), ("a", 12, 40), ("b", 40, 44)]
+    infos = [TensorInfo(dtype="U8", shape=(e - b,), file=Path(f), begin=b, end=e) for f, b, e in spans]
+    runs = weight_reader._runs([(info, print) for info in infos])
+    assert [[job[0] for job in run] for run in runs] == [infos[:2], infos[2:3], infos[3:4], infos[4:]]
+
+
+def test_eight_ranks_at_once_load_what_each_loads_alone(checkpoints):
+    checkpoint = opened(checkpoints["fp8"])
+    ranks = {"world_size": WORLD, "device": "cpu", "dtype": torch.bfloat16}
+    with ThreadPoolExecutor(WORLD) as pool:
+        together = list(pool.map(lambda rank: load_rank_weights(checkpoint, rank=rank, **ranks), range(WORLD)))
+    for rank, weights in enumerate(together):
+        alone = load(checkpoints["fp8"], rank, dtype=torch.bfloat16)
+        assert all(torch.equal(weights[name], alone[name]) for name in alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("form", "keep"), [("float32", False), ("bfloat16", True), ("fp8", False), ("fp8", True)])
+def test_a_gpu_gets_the_bytes_that_a_cpu_gets(checkpoints, monkeypatch, form, keep):
+    monkeypatch.setattr(weight_reader, "STAGE_BYTES", 4096)
+    how = {"rank": 3, "dtype": torch.bfloat16, "keep_quantized": keep}
+    here, there = load(checkpoints[form], **how), load(checkpoints[form], device=torch.device("cuda:0"), **how)
+    assert here.keys() == there.keys()
+    for name, tensor in here.items():
+        assert there[name].dtype == tensor.dtype and there[name].is_cuda
+        assert torch.equal(there[name].cpu().view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_the_meter_says_how_much_and_how_fast(monkeypatch):
+    now = iter([0.0, 4.0, 11.0, 11.0, 11.0, 20.0, 20.0])
+    monkeypatch.setattr(weight_reader.time, "monotonic", lambda: next(now))
+    said: list[str] = []
+    meter = ReadMeter(said.append)
+    info = TensorInfo(dtype="U8", shape=(22 * 10**9,), file=Path("x"), begin=0, end=22 * 10**9)
+    meter(info)
+    assert said == []
+    meter(info)
+    assert said == ["44.00 GB at 4.00 GB/s so far"]
+    assert meter.summary() == "44.00 GB at 2.20 GB/s"
 
 
 def test_a_folder_without_weights_says_what_it_needs(checkpoints, tmp_path):
