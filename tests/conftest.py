@@ -8,35 +8,38 @@ import pytest
 
 pytest_plugins = ("tests.api.live",)
 
+GPUS = {"gpu": 1, "gpu2": 2}  # marker -> devices that its tests need; the last one of a test's markers counts
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the GPU tests too; an error on a machine without a GPU")
 
 
-def gpu_tests_are_wanted(markexpr: str, gpu_option: bool) -> bool:
-    """`-m gpu` and `--gpu` ask for them; `-m "not gpu"` and an expression that does not name them do not."""
+def is_wanted(marker: str, markexpr: str, gpu_option: bool) -> bool:
+    """`-m gpu` and `--gpu` ask for tests on one GPU, `-m gpu2` for those on two; `-m "not gpu"` and an expression that
+    does not name a marker do not."""
     words = re.findall(r"\w+", markexpr)
-    return gpu_option or any(
-        word == "gpu" and (index == 0 or words[index - 1] != "not") for index, word in enumerate(words)
-    )
+    named = any(word == marker and (index == 0 or words[index - 1] != "not") for index, word in enumerate(words))
+    return named or (marker == "gpu" and gpu_option)
 
 
-def gpu_is_present() -> bool:
-    """Whether torch sees a CUDA device. Imported here: most test runs need no torch."""
+def num_gpus() -> int:
+    """CUDA devices that torch sees. Imported here: most test runs need no torch."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    wanted = gpu_tests_are_wanted(config.getoption("markexpr"), config.getoption("gpu"))
-    if wanted and not gpu_is_present():
-        raise pytest.UsageError(
-            "GPU tests were asked for (-m gpu or --gpu), but torch sees no CUDA device. "
-            "Run them on a GPU machine with the gpu lock installed, or drop the option."
-        )
-    if not wanted:
-        gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-        if gpu_items:
-            config.hook.pytest_deselected(items=gpu_items)
-            items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    wanted = [name for name in GPUS if is_wanted(name, config.getoption("markexpr"), config.getoption("gpu"))]
+    for name in wanted:
+        if (present := num_gpus()) < GPUS[name]:
+            raise pytest.UsageError(
+                f"GPU tests were asked for (-m {name} or --gpu), but torch sees {present} of the {GPUS[name]} CUDA "
+                "devices that they need. Run them on a GPU machine with the gpu lock installed, or drop the option."
+            )
+    needs = {item: [name for name in GPUS if item.get_closest_marker(name)] for item in items}
+    unwanted = {item for item, names in needs.items() if names and names[-1] not in wanted}
+    if unwanted:
+        config.hook.pytest_deselected(items=[*unwanted])
+        items[:] = [item for item in items if item not in unwanted]

@@ -1,6 +1,7 @@
-"""The transport kernels with several ranks on one device, one after the other, against the plain references.
+"""The transport kernels with several ranks on one device or two, one after the other, against the plain references.
 
-Barriers between phases are kernel order here; what the barrier kernel itself does is tested apart.
+Barriers between phases are the host's here; what the barrier kernel itself does is tested apart, and ranks that run at
+the same time in test_rdep_two_gpus.py.
 """
 
 from __future__ import annotations
@@ -10,126 +11,79 @@ import torch
 from torch import Tensor
 
 from nmoe_backend.kernels.rdep import rdep_local_ids_reference
+from tests.kernels.rdep_ranks import HIDDEN, LOCAL, T_CAP, Ranks
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda"
-WORLD, T_CAP, HIDDEN, TOP_K, LOCAL = 4, 6, 256, 3, 2
+ONE_GPU = ["cuda:0"] * 4
+PLACES = [
+    pytest.param(ONE_GPU, False, id="one"),
+    pytest.param(ONE_GPU, True, id="loopback"),
+    pytest.param(["cuda:0", "cuda:1"] * 2, False, id="two", marks=pytest.mark.gpu2),
+]
 
 
-class Ranks:
-    """The arenas of all ranks and everybody's view of them; in loopback one rank stands for all."""
-
-    def __init__(self, row_dtype=torch.float32, scales=0, return_dtype=torch.float32, loopback=False) -> None:
-        from nmoe_backend.kernels.rdep_gpu import RdepLayout, RdepPeers
-
-        self.layout = RdepLayout(
-            world_size=WORLD, max_tokens=T_CAP, hidden_size=HIDDEN, top_k=TOP_K, num_local=LOCAL,
-            row_dtype=row_dtype, scales_per_row=scales, return_dtype=return_dtype,
-        )  # fmt: skip
-        self.loopback = loopback
-        size = self.layout.offsets()["end"]
-        buffers = [torch.zeros(size + 256, dtype=torch.uint8, device=DEVICE) for _ in range(1 if loopback else WORLD)]
-        arenas = [buffer[-buffer.data_ptr() % 256 :][:size] for buffer in buffers]
-        self.views = [self.layout.views(arena) for arena in arenas]
-        addresses = torch.tensor([arenas[0 if loopback else r].data_ptr() for r in range(WORLD)], device=DEVICE)
-        self.peers = []
-        for rank, arena in enumerate(arenas):
-            slots = list(range(WORLD)) if loopback else [rank] * WORLD
-            slots = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
-            self.peers.append(RdepPeers(layout=self.layout, arenas=addresses, slots=slots, own=arena))
-        for view in self.views:  # whatever is not written must not matter
-            view["payload"].view(torch.uint8).fill_(0x7F)
-            view["returned"].fill_(float("nan"))
-            view["weights"].fill_(float("nan"))
-            view["ids"].fill_(-1)
-
-
-def _tokens(counts: list[int], bucket: int, row_dtype: torch.dtype, scales: int, seed: int) -> list[tuple[Tensor, ...]]:
-    g = torch.Generator().manual_seed(seed)
-    made = []
-    for count in counts:
-        x = torch.randn(bucket, HIDDEN, generator=g).to(row_dtype)
-        ids = torch.rand(bucket, WORLD * LOCAL, generator=g).argsort(-1)[:, :TOP_K].to(torch.int32)
-        weights = torch.rand(bucket, TOP_K, generator=g)
-        scale = torch.rand(max(1, scales), bucket, generator=g).t()
-        num_tokens = torch.tensor([count], dtype=torch.int32)
-        made.append(tuple(t.to(DEVICE) for t in (x, scale, ids, weights, num_tokens)))
-    return made
-
-
-def _expert_rows(view: dict[str, Tensor], bucket: int, first: list[int]) -> tuple[Tensor, Tensor]:
-    """Expert e returns (e + 1) * x, its rows in any order; first[src]: the global id of local expert 0 for a source."""
-    ids = view["ids"].clone()
-    ids[:, bucket:] = -1
-    chosen = (ids >= 0).nonzero()
-    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(9)).to(chosen.device)]
-    src, token, k = chosen.unbind(1)
-    row_idx = torch.full_like(ids, -1)
-    row_idx[src, token, k] = torch.arange(len(chosen), dtype=torch.int32, device=ids.device)
-    expert = ids[src, token, k] + torch.tensor(first, device=ids.device)[src]
-    rows = (expert + 1)[:, None] * view["payload"][src, token].float()
-    return torch.cat((rows, rows.new_full((1, HIDDEN), float("nan")))), row_idx
-
-
-@pytest.mark.parametrize("loopback", [False, True])
+@pytest.mark.parametrize(("devices", "loopback"), PLACES)
 @pytest.mark.parametrize(("row_dtype", "scales"), [(torch.float32, 0), (torch.float8_e4m3fn, 2)], ids=str)
-def test_three_steps_of_an_exchange_equal_all_experts_in_one_place(row_dtype, scales, loopback):
+def test_three_steps_of_an_exchange_equal_all_experts_in_one_place(row_dtype, scales, devices, loopback):
     """Ragged, an empty rank, and fewer tokens than the step before: stale slots must not come alive."""
     from nmoe_backend.kernels.rdep_gpu import rdep_combine, rdep_dispatch, rdep_give_back
 
-    ranks = Ranks(row_dtype, scales, loopback=loopback)
+    ranks = Ranks(devices, row_dtype, scales, loopback=loopback)
     for step, counts in enumerate(([6, 6, 6, 6], [3, 0, 5, 1], [0, 2, 6, 6])):
         counts = counts[: len(ranks.peers)]
         bucket = max(1, *counts, 0)
-        tokens = _tokens(counts, bucket, row_dtype, scales, step)
+        tokens = ranks.tokens(counts, bucket, step)
         for peers, (x, scale, ids, weights, num_tokens) in zip(ranks.peers, tokens, strict=True):
-            rdep_dispatch(peers, x, scale if scales else None, ids, weights, num_tokens)
+            with ranks.phase(x.device):
+                rdep_dispatch(peers, x, scale if scales else None, ids, weights, num_tokens)
         for rank, count in enumerate(counts):
-            _check_received(ranks, rank, count, bucket, tokens[rank])
+            check_received(ranks, rank, count, bucket, tokens[rank])
         for rank, peers in enumerate(ranks.peers):
-            first = [(src if loopback else rank) * LOCAL for src in range(WORLD)]
-            rdep_give_back(peers, *_expert_rows(ranks.views[rank], bucket, first), bucket)
+            with ranks.phase(peers.own.device):
+                rdep_give_back(peers, *ranks.expert_rows(rank, bucket), bucket)
         for peers, count, (x, _, ids, weights, num_tokens) in zip(ranks.peers, counts, tokens, strict=True):
-            shared = torch.randn(bucket, HIDDEN, device=DEVICE)
-            out = torch.full((bucket, HIDDEN), 7.0, device=DEVICE)
-            rdep_combine(peers, ids, num_tokens, shared, out)
+            shared = torch.randn(bucket, HIDDEN, device=x.device)
+            out = torch.full((bucket, HIDDEN), 7.0, device=x.device)
+            with ranks.phase(x.device):
+                rdep_combine(peers, ids, num_tokens, shared, out)
             want = (x.float()[:, None] * ((ids + 1) * weights)[..., None]).sum(1) + shared
             torch.testing.assert_close(out[:count], want[:count], rtol=1e-5, atol=1e-4)
             assert (out[count:] == 7.0).all()
 
 
-def _check_received(ranks: Ranks, rank: int, count: int, bucket: int, token: tuple[Tensor, ...]) -> None:
-    x, scale, ids, weights, _ = token
-    local = rdep_local_ids_reference(ids, WORLD, LOCAL)
-    for owner in range(WORLD):
+def check_received(ranks: Ranks, rank: int, count: int, bucket: int, token: tuple[Tensor, ...]) -> None:
+    x, scale, ids, weights, _ = (value.cpu() for value in token)
+    local = rdep_local_ids_reference(ids, ranks.layout.world_size, LOCAL)
+    for owner in range(ranks.layout.world_size):
         view, src = (ranks.views[0], owner) if ranks.loopback else (ranks.views[owner], rank)
-        assert torch.equal(view["ids"][src, :count], local[owner, :count])
-        assert (view["ids"][src, count:bucket] == -1).all()
+        found = {name: section[src].cpu() for name, section in view.items() if section.dim() > 1}
+        assert torch.equal(found["ids"][:count], local[owner, :count])
+        assert (found["ids"][count:bucket] == -1).all()
         visits = (local[owner, :count] >= 0).any(-1)
-        sent, received = x[:count][visits], view["payload"][src, :count][visits]
+        sent, received = x[:count][visits], found["payload"][:count][visits]
         assert torch.equal(received.view(torch.uint8), sent.view(torch.uint8))
-        assert torch.equal(view["weights"][src, :count][visits], weights[:count][visits])
+        assert torch.equal(found["weights"][:count][visits], weights[:count][visits])
         if ranks.layout.scales_per_row:
-            assert torch.equal(view["scales"][src, :count][visits], scale[:count][visits])
+            assert torch.equal(found["scales"][:count][visits], scale[:count][visits])
 
 
-def test_every_token_to_one_rank_drops_nothing():
+@pytest.mark.parametrize(("devices", "loopback"), [place for place in PLACES if place.id != "loopback"])
+def test_every_token_to_one_rank_drops_nothing(devices, loopback):
     from nmoe_backend.kernels.rdep_gpu import rdep_dispatch
 
-    ranks = Ranks()
-    for peers, (x, _, ids, weights, num_tokens) in zip(
-        ranks.peers, _tokens([T_CAP] * WORLD, T_CAP, torch.float32, 0, 5), strict=True
-    ):
-        skewed = torch.tensor([4, 5, -1], dtype=torch.int32, device=DEVICE).expand_as(ids).contiguous()
-        rdep_dispatch(peers, x, None, skewed, weights, num_tokens)
-    assert (ranks.views[2]["ids"] == torch.tensor([0, 1, -1], device=DEVICE)).all()
+    ranks = Ranks(devices)
+    for peers, (x, _, ids, weights, num_tokens) in zip(ranks.peers, ranks.tokens([T_CAP] * 4, T_CAP, 5), strict=True):
+        skewed = torch.tensor([4, 5, -1], dtype=torch.int32, device=x.device).expand_as(ids).contiguous()
+        with ranks.phase(x.device):
+            rdep_dispatch(peers, x, None, skewed, weights, num_tokens)
+    assert (ranks.views[2]["ids"].cpu() == torch.tensor([0, 1, -1])).all()
     assert all((ranks.views[r]["ids"] == -1).all() for r in (0, 1, 3))
 
 
 def test_a_barrier_whose_peers_came_signals_them_and_passes():
     from nmoe_backend.kernels.rdep_gpu import rdep_barrier
 
-    ranks = Ranks()
+    ranks = Ranks(ONE_GPU)
     ranks.views[0]["flags"].copy_(torch.tensor([0, 1, 1, 2]))  # rank 3 is one barrier ahead
     rdep_barrier(ranks.peers[0], 1000)
     assert int(ranks.views[0]["epoch"]) == 1 and int(ranks.views[0]["error"]) == 0
@@ -139,10 +93,10 @@ def test_a_barrier_whose_peers_came_signals_them_and_passes():
 def test_a_peer_that_does_not_come_is_named_to_all_ranks_within_the_bound():
     from nmoe_backend.kernels.rdep_gpu import rdep_barrier
 
-    ranks = Ranks()
+    ranks = Ranks(ONE_GPU)
     ranks.views[0]["flags"].copy_(torch.tensor([0, 1, 0, 1]))
     rdep_barrier(ranks.peers[0], 1000)
-    assert [int(view["error"]) for view in ranks.views] == [1 + 2] * WORLD
+    assert [int(view["error"]) for view in ranks.views] == [1 + 2] * 4
     for _ in range(1000):  # none of them waits any more
         rdep_barrier(ranks.peers[0], 2**31 - 1)
     assert int(ranks.views[0]["epoch"]) == 1001
@@ -151,7 +105,7 @@ def test_a_peer_that_does_not_come_is_named_to_all_ranks_within_the_bound():
 def test_epochs_wrap_around():
     from nmoe_backend.kernels.rdep_gpu import rdep_barrier
 
-    ranks = Ranks(loopback=True)
+    ranks = Ranks(ONE_GPU, loopback=True)
     ranks.views[0]["epoch"].fill_(2**31 - 2)
     ranks.views[0]["flags"].fill_(2**31 - 2)
     for _ in range(4):

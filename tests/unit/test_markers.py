@@ -18,6 +18,11 @@ import pytest
 def test_on_a_gpu():
     pass
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.gpu2)])
+def test_on_either(devices):
+    pass
+
 def test_anywhere():
     pass
 """
@@ -26,22 +31,24 @@ def test_anywhere():
 @pytest.mark.parametrize(
     ("markexpr", "option", "wanted"),
     [
-        ("", False, False),
-        ("", True, True),
-        ("gpu", False, True),
-        ("not gpu", False, False),
-        ("not slow and not gpu", False, False),
-        ("gpu and not slow", False, True),
-        ("not slow", False, False),
+        ("", False, []),
+        ("", True, ["gpu"]),
+        ("gpu", False, ["gpu"]),
+        ("gpu2", False, ["gpu2"]),
+        ("gpu or gpu2", False, ["gpu", "gpu2"]),
+        ("not gpu", False, []),
+        ("not slow and not gpu", False, []),
+        ("gpu and not slow", False, ["gpu"]),
+        ("not slow", False, []),
     ],
 )
-def test_when_gpu_tests_are_wanted(markexpr: str, option: bool, wanted: bool) -> None:
-    assert conftest.gpu_tests_are_wanted(markexpr, option) is wanted
+def test_when_gpu_tests_are_wanted(markexpr: str, option: bool, wanted: list[str]) -> None:
+    assert [name for name in conftest.GPUS if conftest.is_wanted(name, markexpr, option)] == wanted
 
 
-def run_sample(tmp_path: Path, *arguments: str, has_gpu: bool) -> subprocess.CompletedProcess[str]:
-    """pytest on a folder with our conftest, on a machine that has a GPU or not."""
-    answer = f"\n\ndef gpu_is_present() -> bool:\n    return {has_gpu}\n"
+def run_sample(tmp_path: Path, *arguments: str, gpus: int) -> subprocess.CompletedProcess[str]:
+    """pytest on a folder with our conftest, on a machine that has so many GPUs."""
+    answer = f"\n\ndef num_gpus() -> int:\n    return {gpus}\n"
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text() + answer)
     (tmp_path / "test_sample.py").write_text(SAMPLE)
     command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
@@ -49,18 +56,26 @@ def run_sample(tmp_path: Path, *arguments: str, has_gpu: bool) -> subprocess.Com
 
 
 def test_the_default_run_leaves_gpu_tests_out(tmp_path: Path) -> None:
-    result = run_sample(tmp_path, has_gpu=False)
-    assert result.returncode == 0 and "1 passed, 1 deselected" in result.stdout
+    result = run_sample(tmp_path, gpus=0)
+    assert result.returncode == 0 and "1 passed, 3 deselected" in result.stdout
 
 
 @pytest.mark.parametrize("arguments", [("-m", "gpu"), ("--gpu",)])
 def test_asking_for_gpu_tests_without_a_gpu_is_a_usage_error(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    result = run_sample(tmp_path, *arguments, has_gpu=False)
+    result = run_sample(tmp_path, *arguments, gpus=0)
     assert result.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "torch sees no CUDA device" in result.stderr + result.stdout
+    assert "torch sees 0 of the 1 CUDA devices" in result.stderr + result.stdout
 
 
-@pytest.mark.parametrize(("arguments", "count"), [(("-m", "gpu"), 1), (("--gpu",), 2)])
-def test_with_a_gpu_they_run(tmp_path: Path, arguments: tuple[str, ...], count: int) -> None:
-    result = run_sample(tmp_path, *arguments, has_gpu=True)
+def test_asking_for_two_gpus_where_there_is_one_is_a_usage_error(tmp_path: Path) -> None:
+    result = run_sample(tmp_path, "-m", "gpu2", gpus=1)
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "torch sees 1 of the 2 CUDA devices" in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"), [(("-m", "gpu"), 2), (("--gpu",), 3), (("-m", "gpu2"), 1), (("-m", "gpu or gpu2"), 3)]
+)
+def test_with_gpus_they_run(tmp_path: Path, arguments: tuple[str, ...], count: int) -> None:
+    result = run_sample(tmp_path, *arguments, gpus=2 if "gpu2" in arguments[-1] else 1)
     assert result.returncode == 0 and f"{count} passed" in result.stdout
