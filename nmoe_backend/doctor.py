@@ -35,7 +35,7 @@ def examine(config: ServeConfig) -> list[Finding]:
     dims = memory.model_dims(config)
     if config.device == "cuda":
         facts = preflight.measure_apart(preflight.gpu_ordinals(config))
-        return [*findings, *preflight.check_gpus(config, dims, facts)]
+        return [*findings, preflight.check_cuda_settings(), *preflight.check_gpus(config, dims, facts)]
     return [*findings, *preflight.check_host_memory(config, dims, memory.host_memory_bytes())]
 
 

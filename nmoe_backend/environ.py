@@ -1,4 +1,5 @@
-"""The only module that reads the process environment: debug switches, the name of the TOML, and a child's environment.
+"""The only module that reads the process environment: debug switches, the name of the TOML, CUDA's settings, and a
+child's environment.
 
 Nothing here changes results. Every function takes the environment as an argument so that a test passes its own; the
 default is the process's, read at the call. Callers parse once, at load, and hand the values on.
@@ -82,6 +83,25 @@ def api_keys(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
 def export(name: str, value: str) -> None:
     """Set a variable of this process and of the children that it will start."""
     os.environ[name] = value
+
+
+def cuda_settings(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables that a process needs before it starts CUDA, where ranks on several GPUs write to each other and wait
+    for each other. Settings of the user's that rule this out are an error."""
+    env = process_environment() if environment is None else environment
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in env.get(name, "").replace(" ", "").lower():
+            raise ConfigError(
+                f"{name}={env[name]!r} asks for expandable segments, and ranks need memory that peers can map: plain "
+                "allocations. Take expandable_segments:True out of it."
+            )
+    loading = env.get("CUDA_MODULE_LOADING", "EAGER")
+    if loading.upper() != "EAGER":
+        raise ConfigError(
+            f"CUDA_MODULE_LOADING={loading!r}: a kernel that is loaded at its first launch may wait for a peer's, "
+            "which waits for it. Set it to EAGER, or unset it."
+        )
+    return {"CUDA_MODULE_LOADING": "EAGER"}
 
 
 def cache_dir(environment: Mapping[str, str] | None = None) -> Path:

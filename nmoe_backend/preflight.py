@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nmoe_backend import memory
+from nmoe_backend import environ, memory
 from nmoe_backend.config import ReplicaConfig, ServeConfig, pages_per_sequence
 from nmoe_backend.findings import Finding, fail, fail_from, ok, warn
 from nmoe_backend.types import ConfigError
@@ -96,6 +96,8 @@ def require_machine(config: ServeConfig) -> None:
     """Raise a ConfigError with everything that keeps this config from running here. Allocates nothing."""
     dims = memory.model_dims(config)
     if config.device == "cuda":
+        for name, value in environ.cuda_settings().items():  # `nmoe serve` has set them, a bare tritonserver has not
+            environ.export(name, value)
         findings = check_gpus(config, dims, measure(gpu_ordinals(config)))
     else:
         findings = check_host_memory(config, dims, memory.host_memory_bytes())
@@ -129,6 +131,14 @@ def check_gpus(config: ServeConfig, dims: memory.ModelDims, facts: GpuFacts) -> 
         return findings
     fit = [check_capability(config, dims, facts), check_peers(config, facts)]
     return [*findings, *fit, *check_gpu_memory(config, dims, facts)]
+
+
+def check_cuda_settings(environment: Mapping[str, str] | None = None) -> Finding:
+    """No variable stands in the way of ranks that write to each other's memory."""
+    try:
+        return ok("cuda_settings", ", ".join("=".join(item) for item in environ.cuda_settings(environment).items()))
+    except ConfigError as error:
+        return fail_from("cuda_settings", error)
 
 
 def check_driver(facts: GpuFacts) -> Finding:

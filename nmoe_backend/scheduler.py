@@ -180,7 +180,10 @@ class Scheduler:
         for rank_idx, (plan, output) in enumerate(zip(flight.plans, outputs, strict=True)):
             if output.error_word:
                 self.error_words_total += 1
-                raise RankError(f"rank {rank_idx} reports error word {output.error_word:#x} in step {step_id}")
+                raise RankError(
+                    f"rank {rank_idx} reports error word {output.error_word:#x} in step {step_id}: "
+                    f"rank {output.error_word - 1} did not come to a barrier in time"
+                )
             num_sampled = sum(plan.samples)
             if len(output.token_ids) != num_sampled:
                 raise RankError(

@@ -89,8 +89,7 @@ def server_command(
     argv += extra_flags
     values = {environ.CONFIG_VARIABLE: str(config.config_path.absolute())}
     if config.device == "cuda":
-        # a kernel that is loaded lazily while a peer spins in a barrier waits for that peer: load all at start
-        values["CUDA_MODULE_LOADING"] = "EAGER"
+        values |= environ.cuda_settings()
     prepend = {"PATH": str(Path(sys.executable).parent)}
     if server.library_dirs:
         prepend["LD_LIBRARY_PATH"] = ":".join(map(str, server.library_dirs))

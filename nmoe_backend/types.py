@@ -235,7 +235,7 @@ class RankOutput:
     prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)
     embeddings: Mapping[int, list[float]] = field(default_factory=dict)  # row -> [D], with the prompt's last chunk
     failed: Mapping[int, RequestError] = field(default_factory=dict)  # row -> why only its request ends; no token of it
-    error_word: int = 0  # not 0: a kernel gave up (a spin bound, a bad index); the engine takes its fatal path
+    error_word: int = 0  # not 0: a barrier gave up on rank error_word - 1; the engine takes its fatal path
     # rows that each expert of this rank has computed since load, all layers together; () where nobody counted
     expert_rows: Seq[int] = ()
 

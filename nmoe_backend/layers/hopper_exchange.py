@@ -123,5 +123,6 @@ def build_exchange(
         scales_per_row=spec.hidden_size // GROUP,
         return_dtype=torch.bfloat16,
     )
-    rdep = DeviceRdep(rank, layout, loopback=loopback_ranks > 0, max_wait_s=rank.timeout_s)
+    # Half of the host's limit: the device's verdict names the rank that is missing, so it should come first.
+    rdep = DeviceRdep(rank, layout, loopback=loopback_ranks > 0, max_wait_s=rank.timeout_s / 2)
     return HopperExchange(rdep, moes[0].intermediate_size, num_sms)

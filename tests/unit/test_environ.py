@@ -43,6 +43,17 @@ def test_nmoe_config_must_name_a_file(tmp_path: Path) -> None:
     assert environ.config_path({"NMOE_CONFIG": str(path)}) == path
 
 
+def test_cuda_settings_of_the_user_that_hang_ranks_are_refused() -> None:
+    assert environ.cuda_settings({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}) == {
+        "CUDA_MODULE_LOADING": "EAGER"
+    }
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        with pytest.raises(ConfigError, match=f"{name}=.*Take expandable_segments:True out of it"):
+            environ.cuda_settings({name: "backend:native, expandable_segments: True"})
+    with pytest.raises(ConfigError, match="CUDA_MODULE_LOADING='LAZY'.*Set it to EAGER"):
+        environ.cuda_settings({"CUDA_MODULE_LOADING": "LAZY"})
+
+
 def test_a_childs_paths_are_put_in_front() -> None:
     child = environ.child_environment({"A": "1"}, {"PATH": "/x", "LD_LIBRARY_PATH": "/y"}, {"PATH": "/bin", "B": "2"})
     assert child == {"A": "1", "B": "2", "PATH": "/x:/bin", "LD_LIBRARY_PATH": "/y"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nmoe_backend import memory, preflight
+from nmoe_backend import environ, memory, preflight
 from nmoe_backend.config import ServeConfig
 from nmoe_backend.findings import Finding
 from nmoe_backend.preflight import Gpu, GpuFacts
@@ -99,6 +99,11 @@ def like_h200(**changes: object) -> list[Gpu]:
     return [dataclasses.replace(H200, **changes)] * 8  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def this_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environ, "export", lambda name, value: None)
+
+
 BAD_NODES = {
     "no driver": (node(driver=None), "driver", "no NVIDIA driver", "--gpus all"),
     "old driver": (
@@ -132,6 +137,7 @@ def test_a_gpu_node_that_cannot_serve_says_why(case: str, tmp_path: Path, monkey
 def test_a_load_names_everything_that_is_wrong_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, _ = production(tmp_path, "num_pages = 20000")
     asked = []
+    monkeypatch.setattr(environ, "export", lambda name, value: asked.append({name: value}))
     monkeypatch.setattr(preflight, "measure", lambda ordinals: asked.append(ordinals) or facts)
     facts = node(*like_h200(capability=(8, 9)), no_peer_access=((2, 5), (5, 2)))
     with pytest.raises(
@@ -140,7 +146,7 @@ def test_a_load_names_everything_that_is_wrong_at_once(tmp_path: Path, monkeypat
         preflight.require_machine(config)
     facts = node(*[H200] * 8)
     preflight.require_machine(dataclasses.replace(config, num_pages=0))
-    assert asked == [list(range(8))] * 2
+    assert asked == [{"CUDA_MODULE_LOADING": "EAGER"}, list(range(8))] * 2  # before CUDA starts
 
 
 def test_a_load_on_a_cpu_asks_for_the_hosts_memory(tiny: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
