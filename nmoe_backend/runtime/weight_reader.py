@@ -152,12 +152,12 @@ class ReadMeter:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._lock = threading.Lock()
-        self._num_bytes = 0
+        self.num_bytes = 0
         self._began_s = self._said_s = time.monotonic()
 
     def __call__(self, info: TensorInfo) -> None:
         with self._lock:
-            self._num_bytes += info.num_bytes
+            self.num_bytes += info.num_bytes
             due = time.monotonic() - self._said_s > SAY_EVERY_S
             if due:
                 self._said_s = time.monotonic()
@@ -166,5 +166,5 @@ class ReadMeter:
 
     def summary(self) -> str:
         """`817.30 GB at 25.41 GB/s`"""
-        rate = self._num_bytes / max(time.monotonic() - self._began_s, 1e-9)
-        return f"{self._num_bytes / 1e9:.2f} GB at {rate / 1e9:.2f} GB/s"
+        rate = self.num_bytes / max(time.monotonic() - self._began_s, 1e-9)
+        return f"{self.num_bytes / 1e9:.2f} GB at {rate / 1e9:.2f} GB/s"
