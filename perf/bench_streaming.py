@@ -41,7 +41,7 @@ from tests.triton_server import TritonServer, write_config
 PROMPT = "Tell me a story."
 STOP = "\n\nObservation:"  # its first characters do occur, so text is held back now and then
 _METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
-_CONNECTIONS = 4  # of a client process
+CONNECTIONS = 4  # of a client process
 _EDGE_S = 2.0  # left out of the middle part, in which CPU time and steps are measured
 WatchT = TypeVar("WatchT")
 
@@ -104,10 +104,10 @@ async def read_stream(channel: grpc.aio.Channel, request: bytes, stop: asyncio.E
 async def read_streams(address: str, streams: int, request: bytes) -> list[Arrivals]:
     """All streams at once, over a few connections."""
     channels = [
-        grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(_CONNECTIONS)
+        grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(CONNECTIONS)
     ]
     stop = asyncio.Event()
-    tasks = [read_stream(channels[index % _CONNECTIONS], request, stop) for index in range(streams)]
+    tasks = [read_stream(channels[index % CONNECTIONS], request, stop) for index in range(streams)]
     arrivals = await asyncio.gather(*tasks)
     stop.set()
     for channel in channels:

@@ -1,0 +1,257 @@
+"""P4, P6, P7: what the server adds to the engine, how long a start takes, and whether the GPU waits between steps.
+
+    python -m perf.bench_latency --commit HASH [--parts decode load] [--output FILE] [--save]
+    python -m perf.bench_latency --config tiny.toml --streams 8 ...     # any TOML; how it is tried without a GPU
+
+Two sessions on one GPU, one after the other: the engine in a process of its own (an Orchestrator and no more), then a
+real tritonserver with the same TOML, asked over gRPC by client processes; text comes out, and one stop string is looked
+for. The default TOML is that of P1 (one rank of eight in loopback, random weights of full size) with a synthetic
+tokenizer of 129,280 ids.
+
+decode   --streams requests at once, --prompt tokens in, --tokens out. Rate and gaps count while all of them run. P4 is
+         the server's rate over the engine's; what it adds to a token is the difference of the median gaps. P7 is
+         the share of a second of the engine's session in which the GPU has nothing to do (gaps of more than 10 us).
+         Contexts are short: a step is shorter than P1's, so that the server has less time for each token.
+load     Poisson arrivals at each of --rates requests/s for --seconds, --load-prompt tokens in, --load-tokens out: time
+         to the first token and gaps between chunks, p50, p95 and p99.
+startup  P6: from the launch of tritonserver to the first token of the first answer, kernels compiled before. The
+         server's session always measures it.
+cold     the engine's start with an empty kernel cache, and again with the one that it left.
+capture  all graphs of a model with DeepSeek's layers, captured by one rank thread and by eight at once.
+weights  full-size layers, >= 16 GB of safetensors in the page cache, onto the GPU: GB/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nmoe_backend.config import ServeConfig
+from perf import open_loop, results, startup
+from perf.bench_streaming import Arrivals
+from perf.model_folder import write_model_folder
+from tests.triton_server import TritonServer
+
+CONFIG = Path(__file__).parent / "lmsys_decode.toml"
+MODEL_LINE = 'model_path = "deepseek_v3"'  # of CONFIG
+PARTS = ("decode", "load", "startup", "cold", "capture", "weights")
+TRACE_S = 1.0
+ResultT = TypeVar("ResultT")
+Run = Callable[[Sequence[open_loop.Planned]], list[Arrivals]]
+
+
+def in_process(work: Callable[..., ResultT], *args: Any) -> ResultT:
+    """Called in a fresh process, which takes its GPU memory with it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(work, *args).result()
+
+
+def run_loads(path: str, run: Run, args: argparse.Namespace, vocab_size: int) -> list[dict[str, Any]]:
+    """The entries of `decode` and `load` of one session."""
+    run(open_loop.all_at_once(min(8, args.streams), args.prompt, 8, vocab_size))  # first requests are slower
+    entries = []
+    if "decode" in args.parts:
+        load = open_loop.all_at_once(args.streams, args.prompt, args.tokens, vocab_size)
+        entries.append({"part": "decode", "path": path} | open_loop.steady(run(load)))
+        print(line_of(entries[-1]), flush=True)
+    for rate in args.rates if "load" in args.parts else ():
+        due = open_loop.poisson(rate, args.seconds)
+        load = open_loop.planned(due, args.load_prompt, args.load_tokens, vocab_size)
+        entries.append({"part": "load", "path": path, "rate": rate} | open_loop.latencies(run(load)))
+        print(line_of(entries[-1]), flush=True)
+    return entries
+
+
+def engine_session(config_path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs in a process of its own."""
+    from nmoe_backend import warmup
+
+    config = ServeConfig.from_toml(config_path)
+    orchestrator = warmup.start(config)
+    try:
+        entries = run_loads("engine", lambda load: open_loop.run_engine(orchestrator, load), args, config.vocab_size)
+        if "decode" in args.parts and config.device == "cuda":
+            entries.append({"part": "idle", "path": "engine"} | traced_idle(orchestrator, args, config.vocab_size))
+    finally:
+        orchestrator.close()
+    return entries
+
+
+def traced_idle(orchestrator: Any, args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
+    """The GPU's idle share while all streams decode."""
+    from perf.device_trace import trace
+
+    load = open_loop.all_at_once(args.streams, args.prompt, args.tokens, vocab_size, seed=1)
+    arrivals: list[list[Arrivals]] = []
+    thread = threading.Thread(target=lambda: arrivals.append(open_loop.run_engine(orchestrator, load)))
+    thread.start()
+    while thread.is_alive() and orchestrator.stats().num_running < args.streams:
+        time.sleep(0.01)
+    time.sleep(TRACE_S / 2)  # the last chunks of prompts
+    traced = trace(lambda: time.sleep(TRACE_S))
+    thread.join()
+    if not arrivals:
+        raise RuntimeError("the streams that were traced failed; see the thread's error above")
+    return {"idle_percent": round(100 * traced.idle_share(), 2), "traced_ms": round(traced.span_us() / 1e3, 1)}
+
+
+def server_session(config_path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A real tritonserver; its start is measured too."""
+    vocab_size = ServeConfig.from_toml(config_path).vocab_size
+    began = time.monotonic()
+    with TritonServer(config_path) as server:
+        ready_s = time.monotonic() - began
+        open_loop.run_server(server.grpc, open_loop.all_at_once(1, args.prompt, 1, vocab_size), 1)
+        start = {
+            "part": "startup",
+            "path": "server",
+            "first_token_s": round(time.monotonic() - began, 2),
+            "ready_s": round(ready_s, 2),
+            "stages_s": startup.stages(server.lines),
+        }
+        print(line_of(start), flush=True)
+        run = lambda load: open_loop.run_server(server.grpc, load, args.clients)  # noqa: E731
+        return [start, *run_loads("server", run, args, vocab_size)]
+
+
+def line_of(one: dict[str, Any]) -> str:
+    """An entry in one line."""
+    head = f"{one['part']:8s} {one.get('path', ''):7s}"
+    if one["part"] in ("decode", "load"):
+        itl = " / ".join(f"{one['itl_ms'][name]:.1f}" for name in ("p50", "p95", "p99"))
+        what = f"{one['streams']} streams" if one["part"] == "decode" else f"{one['rate']:g} requests/s"
+        text = (
+            f"{head} {what:16s} {one['tok_s']:8.0f} tok/s, gap p50 / p95 / p99 {itl} ms, chunk {one['mean_chunk']:.2f}"
+        )
+        if "ttft_ms" in one:
+            text += ", first token " + " / ".join(f"{one['ttft_ms'][name]:.0f}" for name in ("p50", "p95", "p99"))
+        return text
+    return f"{head} " + ", ".join(f"{key} {value}" for key, value in one.items() if key not in ("part", "path"))
+
+
+def start_parts(config_path: Path, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """cold, capture and weights, as asked for."""
+    config = ServeConfig.from_toml(config_path)
+    entries: list[dict[str, Any]] = []
+
+    def add(part: str, found: dict[str, Any]) -> None:
+        entries.append({"part": part} | found)
+        print(line_of(entries[-1]), flush=True)
+
+    if "cold" in args.parts:
+        cache = folder / "kernel_cache"
+        for kernels in ("cold", "warm"):
+            add("cold", {"kernels": kernels} | in_process(startup.start_engine, config, cache))
+    if "capture" in args.parts:
+        narrow = startup.write_narrow_model(folder / "narrow", config.model_path)
+        for name, table in {"1": "gpus = [0]\nloopback_ranks = 8", "8": "gpus = [0, 0, 0, 0, 0, 0, 0, 0]"}.items():
+            toml = folder / f"capture-{name}.toml"
+            toml.write_text(CAPTURE_TOML.format(model=narrow, replica=table))
+            add("capture", in_process(startup.capture, ServeConfig.from_toml(toml)))
+    if "weights" in args.parts:
+        size = startup.write_checkpoint(folder / "weights", config.model_path)
+        print(f"wrote {size / 1e9:.1f} GB of safetensors", flush=True)
+        add("weights", in_process(startup.load_weights, folder / "weights", "cuda:0"))
+    return entries
+
+
+CAPTURE_TOML = """
+model_path = "{model}"
+device = "cuda"
+load_format = "dummy"
+max_batch_size = 256
+max_prefill_tokens = 256
+num_pages = 512
+max_seq_len = 2112
+rank_timeout_s = 120.0
+[[replicas]]
+replica_id = 0
+{replica}
+"""
+
+
+def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """P4, P6 and P7, where they were measured."""
+    lines = {}
+    where = f"perf/bench_latency.py, {args.config.name}"
+    found = {(one["part"], one.get("path", "")): one for one in entries}
+    engine, server = found.get(("decode", "engine")), found.get(("decode", "server"))
+    if engine and server:
+        added = server["itl_ms"]["p50"] - engine["itl_ms"]["p50"]
+        shape = f"{args.streams} streams of {args.prompt} + {args.tokens} tokens"
+        lines["P4"] = results.goal_line(
+            round(100 * server["tok_s"] / engine["tok_s"], 2),
+            "% of the engine alone",
+            ">= 97, added p50 <= 2 ms",
+            args,
+            method=f"{where}: {shape}, gRPC, text out; {server['tok_s']:.0f} of {engine['tok_s']:.0f} tokens/s; p50 of "
+            f"the gaps {server['itl_ms']['p50']:.2f} ms, {added:+.2f} ms",
+        )
+    if ("startup", "server") in found:
+        start = found["startup", "server"]
+        method = f"{where}: launch of tritonserver to the first token over gRPC, kernels compiled before"
+        lines["P6"] = results.goal_line(start["first_token_s"], "s", "<= 60", args, method=method)
+    if ("idle", "engine") in found:
+        idle = found["idle", "engine"]
+        method = f"{where}: {args.streams} streams decode through the engine, gaps > 10 us in {idle['traced_ms']} ms"
+        lines["P7"] = results.goal_line(idle["idle_percent"], "% idle", "<= 3", args, method=method)
+    return lines
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["decode", "load"])
+    parser.add_argument(
+        "--config", type=Path, default=CONFIG, help="TOML; default: %(default)s with a model folder made"
+    )
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--rates", type=float, nargs="+", default=[2.0, 8.0, 20.0, 40.0], help="requests/s")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of arrivals, at each rate")
+    parser.add_argument("--load-prompt", type=int, default=128)
+    parser.add_argument("--load-tokens", type=int, default=64)
+    parser.add_argument("--clients", type=int, default=4, help="client processes")
+    results.add_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints each entry and writes the document as it grows."""
+    args = results.parse(arguments(), argv)
+    entries: list[dict[str, Any]] = []
+
+    def add(more: Sequence[dict[str, Any]]) -> None:
+        entries.extend(more)
+        goals = goal_lines(entries, args)
+        results.write(results.document("latency", args, method=__doc__ or "", results=entries, goals=goals), args)
+
+    with tempfile.TemporaryDirectory(prefix="nmoe-bench-") as name:
+        config_path = args.config
+        if config_path == CONFIG:
+            config_path = Path(name) / CONFIG.name
+            model = write_model_folder(Path(name) / "model")
+            config_path.write_text(CONFIG.read_text().replace(MODEL_LINE, f'model_path = "{model}"'))
+        if ServeConfig.from_toml(config_path).device == "cuda":
+            results.require_gpu()
+        if {"decode", "load"} & set(args.parts):
+            add(in_process(engine_session, config_path, args))
+        if {"decode", "load", "startup"} & set(args.parts):
+            add(server_session(config_path, args))
+        add(start_parts(config_path, args, Path(name)))
+    print({name: line["value"] for name, line in goal_lines(entries, args).items()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
