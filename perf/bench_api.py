@@ -28,8 +28,7 @@ from typing import Any
 import grpc.aio
 
 from nmoe_backend.server_process import group_members
-from perf import bench_streaming, sse_client
-from perf.bench_control_plane import commit_id, machine
+from perf import bench_streaming, results, sse_client
 from perf.bench_streaming import Arrivals, Result, run_clients, shares, stub_pid, summarise, watch
 from perf.scripted import write_repository
 from tests.front_end import FrontEnd
@@ -224,8 +223,8 @@ def main() -> None:
         "value": rows[-1].delivered_tok_s,
         "unit": "tokens/s",
         "goal": ">= 20k tokens/s delivered, p99 gap <= 300 ms, added p50 <= 3 ms at low load",
-        "commit": commit_id(),
-        "machine": machine(),
+        "commit": args.commit,
+        "machine": results.machine(),
         "method": f"perf/bench_api.py, {args.streams} SSE streams, {args.workers} worker process(es), {args.ranks} "
         f"scripted ranks, {args.seconds:g} s a rate and path, the last rate's over SSE",
         "rows": [asdict(one) for one in rows],

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -39,6 +37,7 @@ from nmoe_backend.types import (
     StepPlan,
     TokenLogprobs,
 )
+from perf.results import commit_id, machine, save_lines
 
 NUM_RANKS = 8
 SIZES = (64, 256, 1024, 2048)
@@ -208,26 +207,6 @@ def time_engine(num_sequences: int, steps: int) -> float:
     return round((ranks[0].called_s[warm_up + steps] - ranks[0].called_s[warm_up]) / steps * 1e3, 4)
 
 
-def machine() -> str:
-    """What it ran on, without the machine's name."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        text = info.read_text(encoding="utf-8")
-        names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-        model = f"{len(names)} x {names[0]}" if names else model
-    return f"{model}, Python {platform.python_version()}"
-
-
-def commit_id() -> str:
-    """The commit that was measured; with + when the tree differs from it."""
-    root = Path(__file__).parents[1]
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    paths = ["nmoe_backend", "perf/bench_control_plane.py"]
-    diff = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *paths], cwd=root, check=False)
-    return head.stdout.strip() + ("+" if diff.returncode else "")
-
-
 def measure(steps: int) -> dict[str, object]:
     """The benchmark's result, as it stands in the baseline under "P8"."""
     rows = [{**time_scheduler(size, steps), "engine_mean_ms": time_engine(size, steps)} for size in SIZES]
@@ -288,8 +267,7 @@ def main() -> int:
         print(f"{options.baseline} holds no P8 to check against: write one with --save")
         status = 1
     if options.save:
-        options.baseline.parent.mkdir(parents=True, exist_ok=True)
-        options.baseline.write_text(json.dumps({**known, "P8": result}, indent=2, sort_keys=True) + "\n")
+        save_lines(options.baseline, {"P8": result})
     print(json.dumps(result))
     return status
 

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -256,8 +254,8 @@ def main() -> int:
     }
     result: dict[str, Any] = {
         "name": "grammar",
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "machine": f"{platform.processor() or platform.machine()}, {device}, Python {platform.python_version()}",
+        "commit": results.commit_id(),
+        "machine": f"{results.machine()}, {device}",
         "method": "perf/bench_grammar.py, llguidance, V = 129,280",
         "start_s": start_s,
         "masks": bench_masks(compiler, paths),
@@ -270,15 +268,9 @@ def main() -> int:
         for row in result.get(table, ()):
             print(table, row, file=sys.stderr)
     if args.save:
-        baseline = json.loads(args.save.read_text()) | {"grammar": result}
-        args.save.write_text(json.dumps(baseline, indent=2, sort_keys=True) + "\n")
+        results.save_lines(args.save, {"grammar": result})
     print(json.dumps(result))
     return 0
-
-
-def _git(*command: str) -> str:
-    root = Path(__file__).resolve().parents[1]
-    return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """P4, P6, P7: what the server adds to the engine, how long a start takes, and whether the GPU waits between steps.
 
-    python -m perf.bench_latency --commit HASH [--parts decode load] [--output FILE] [--save]
+    python -m perf.bench_latency --commit HASH [--parts decode load] [--output FILE]
     python -m perf.bench_latency --config tiny.toml --streams 8 ...     # any TOML; how it is tried without a GPU
 
 Two sessions on one GPU, one after the other: the engine in a process of its own (an Orchestrator and no more), then a
@@ -234,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def add(more: Sequence[dict[str, Any]]) -> None:
         entries.extend(more)
         goals = goal_lines(entries, args)
-        results.write(results.document("latency", args, method=__doc__ or "", results=entries, goals=goals), args)
+        results.write(
+            results.document("latency", args, method=__doc__ or "", results=entries, goals=goals), args.output
+        )
 
     with tempfile.TemporaryDirectory(prefix="nmoe-bench-") as name:
         config_path = args.config

@@ -1,6 +1,6 @@
 """P1 and P2: decode steps of one rank of eight in loopback, DeepSeek-V3 at full size, through the production worker.
 
-    python -m perf.bench_lmsys_decode --commit HASH [--parts goals batch context skew] [--output FILE] [--save]
+    python -m perf.bench_lmsys_decode --commit HASH [--parts goals batch context skew] [--output FILE]
 
 Random fp8 weights of all 61 layers (load_format = "dummy"), 32 local experts, a KV cache of random latents; sequences
 decode --steps tokens each around a context, greedy, one step launched while the one before runs, as the engine does. A
@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entries.append(entry | {"memory_gb": torch.cuda.max_memory_reserved() / 1e9})
         lines = goal_lines(entries, args)
         made = results.document("lmsys_decode", args, method=__doc__ or "", results=entries, goals=lines)
-        results.write(made, args)
+        results.write(made, args.output)
     print(json.dumps(goal_lines(entries, args)))
     return 0
 

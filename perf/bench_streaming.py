@@ -34,7 +34,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2
 
 from nmoe_backend.server_process import group_members
-from perf.bench_control_plane import commit_id, machine
+from perf import results
 from perf.scripted import ROOT, benchmark_table, write_repository
 from tests.triton_server import TritonServer, write_config
 
@@ -271,13 +271,15 @@ def add_arguments(parser: argparse.ArgumentParser, name: str, seconds: float) ->
     parser.add_argument("--rates", type=float, nargs="+", default=[2000.0, 8000.0, 20000.0], help="tokens/s offered")
     parser.add_argument("--seconds", type=float, default=seconds, help="per rate")
     parser.add_argument("--name", default=name, help="its entry in the baseline")
+    parser.add_argument("--commit", default="", help="what was measured; default: asked of git")
+    parser.add_argument("--output", type=Path, help="file of the JSON document")
     parser.add_argument("--baseline", type=Path, help="JSON file that --save writes into")
     parser.add_argument("--save", action="store_true")
 
 
-def check_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def check_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments given."""
-    args = parser.parse_args()
+    args = results.parse(parser, argv)
     if args.save and args.baseline is None:
         parser.error("--save needs --baseline FILE")
     return args
@@ -298,9 +300,25 @@ HEAD = "offered  delivered  chunk  gap p50     p99     max ms   busy   cores: se
 def report(args: argparse.Namespace, result: Mapping[str, object]) -> None:
     """Save it where that is asked for, and print it."""
     if args.save:
-        known = json.loads(args.baseline.read_text()) if args.baseline.exists() else {}
-        args.baseline.write_text(json.dumps({**known, args.name: result}, indent=2, sort_keys=True) + "\n")
+        results.save_lines(args.baseline, {args.name: result})
     print(json.dumps(result))
+
+
+def p9_line(rows: Sequence[Result], args: argparse.Namespace) -> dict[str, Any]:
+    """P9's line: the highest rate's, the others in the method."""
+    each = "; ".join(
+        f"{one.offered_tok_s:g} offered: {one.delivered_tok_s:.0f} delivered, p99 gap {one.gap_p99_ms / one.step_ms:.2f} "
+        f"steps, ranks busy {one.busy:.1%}"
+        for one in rows
+    )
+    return results.goal_line(
+        rows[-1].delivered_tok_s,
+        "tokens/s",
+        "delivered = offered, p99 gap <= 2 steps, ranks idle <= 3 %",
+        args,
+        method=f"perf/bench_streaming.py, {args.streams} streams over {args.ranks} scripted ranks, {args.clients} client "
+        f"processes, {results.machine()}: {each}",
+    )
 
 
 def main() -> None:
@@ -308,27 +326,32 @@ def main() -> None:
     add_arguments(parser, name="streaming", seconds=40.0)
     parser.add_argument("--target", default="deepseek_v3", choices=("deepseek_v3", "ensemble", "deepseek_v3_vllm"))
     args = check_arguments(parser)
-    results = []
+    rows = []
     print(HEAD)
     with tempfile.TemporaryDirectory(prefix="nmoe-bench-") as name:
         write_repository(Path(name))
         for rate in args.rates:
-            results.append(measure(args, rate, Path(name)))
-            print(line_of(results[-1]), flush=True)
+            rows.append(measure(args, rate, Path(name)))
+            print(line_of(rows[-1]), flush=True)
+    goals = {"P9": p9_line(rows, args)} if args.name == "P9" else {}
+    results.write(
+        results.document("streaming", args, method=__doc__ or "", results=[asdict(one) for one in rows], goals=goals),
+        args.output,
+    )
     report(
         args,
         {
             "name": args.name,
-            "value": results[-1].delivered_tok_s,
+            "value": rows[-1].delivered_tok_s,
             "unit": "tokens/s",
             "goal": "delivered = offered, chunk 1.0 at 2k, p99 gap <= 250 ms at 20k"
             if args.name == "streaming"
             else "delivered = offered, p99 gap <= 2 steps, busy >= 0.97",
-            "commit": commit_id(),
-            "machine": machine(),
+            "commit": args.commit,
+            "machine": results.machine(),
             "method": f"perf/bench_streaming.py, {args.streams} gRPC streams to {args.target}, "
             f"{args.ranks} scripted ranks, {args.seconds:g} s a rate, the last rate's",
-            "rows": [asdict(one) for one in results],
+            "rows": [asdict(one) for one in rows],
         },
     )
 

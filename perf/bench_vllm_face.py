@@ -16,9 +16,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from perf import bench_streaming
+from perf import bench_streaming, results
 from perf.bench_api import STEP_S, added_ms
-from perf.bench_control_plane import commit_id, machine
 from perf.scripted import write_repository
 from tests.triton_server import TritonServer
 
@@ -77,8 +76,8 @@ def main() -> None:
         "value": rows[-1]["delivered_tok_s"],
         "unit": "tokens/s",
         "goal": "the cost is known",
-        "commit": commit_id(),
-        "machine": machine(),
+        "commit": args.commit,
+        "machine": results.machine(),
         "method": f"perf/bench_vllm_face.py, {args.streams} gRPC streams to {TARGETS[1]} and to {TARGETS[0]}, "
         f"{args.ranks} scripted ranks, {args.seconds:g} s a rate and model, the last rate's of {TARGETS[1]}",
         "rows": rows,

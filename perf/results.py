@@ -17,7 +17,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = ROOT / "perf" / "baselines"
-H200_BASELINE = BASELINES / "h200.json"
 
 
 def machine() -> str:
@@ -74,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What every GPU benchmark has."""
     parser.add_argument("--commit", default="", help="what was measured; default: asked of git")
     parser.add_argument("--output", type=Path, help="file of the JSON document")
-    parser.add_argument("--save", action="store_true", help="write the goals' lines into perf/baselines/h200.json")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -119,18 +117,17 @@ def document(
     }
 
 
-def write(made: Mapping[str, Any], args: argparse.Namespace) -> None:
-    """The document to --output, its goals into the baseline with --save. May be called again with more results."""
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(made, indent=1) + "\n")
-    if args.save:
-        save_lines(H200_BASELINE, made["goals"])
+def write(made: Mapping[str, Any], output: Path | None) -> None:
+    """The document to --output, where that was given. May be called again with more results."""
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(made, indent=1) + "\n")
 
 
 def save_lines(path: Path, lines: Mapping[str, Any]) -> None:
     """Replaces these lines of a baseline and keeps the others."""
     known = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**known, **lines}, indent=2, sort_keys=True) + "\n")
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from nmoe_backend.server_process import group_members
-from perf.bench_control_plane import commit_id, machine
+from perf import results
 from perf.known_tokens import known_tokens
 from perf.scripted import ROOT
 from scripts.make_tiny_checkpoint import make_checkpoint
@@ -255,13 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     result |= {
         "name": "soak", "value": result["wrong"] + result["lost"] + result["doubled"],
         "unit": "tokens wrong, lost or doubled", "goal": "0; memory flat; all pages back",
-        "commit": commit_id(), "machine": machine(),
+        "commit": results.commit_id(), "machine": results.machine(),
         "method": f"python -m perf.soak, {CLIENTS} clients over gRPC and the OpenAI front end, 2 ranks",
     }  # fmt: skip
     faults = faults_of(result, MAX_GROWTH_MB_PER_MIN)
     if args.save:
-        known = json.loads(BASELINE.read_text())
-        BASELINE.write_text(json.dumps({**known, "soak": result}, indent=2, sort_keys=True) + "\n")
+        results.save_lines(BASELINE, {"soak": result})
     print(json.dumps(result))
     print("; ".join(faults) or "0 wrong, 0 lost, 0 doubled tokens; memory flat; all pages back")
     return 1 if faults else 0
