@@ -33,6 +33,7 @@ from nmoe_backend.kernels.sampling import apply_bitmask
 from nmoe_backend.runtime.grammar_masks import GrammarMasks
 from nmoe_backend.text import Text
 from nmoe_backend.types import Guide, SamplingParams, SlotInit
+from perf import results
 
 VOCAB_SIZE = 129_280
 TRAINED_SIZE = 128_815  # DeepSeek-V3's tokenizer; what lies between is padding

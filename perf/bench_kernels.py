@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entries.append(measure(case, args.rounds, flush))
         print(line_of(entries[-1]), flush=True)
         del case
-        results.write(results.document("kernels", args, method=__doc__ or "", results=entries, goals={}), args.output)
+        results.write(results.document("kernels", args, method=__doc__ or "", results=entries, goals={}), args)
     slower = [one for one in entries if one["ratio"] is not None and one["ratio"] > 1.1]
     print(
         f"{len(slower)} of {sum(one['ratio'] is not None for one in entries)} are more than 10 % behind the best peer"

@@ -18,7 +18,6 @@ startup  P6: from the launch of tritonserver to the first token of the first ans
          server's session always measures it.
 cold     the engine's start with an empty kernel cache, and again with the one that it left.
 capture  all graphs of a model with DeepSeek's layers, captured by one rank thread and by eight at once.
-weights  full-size layers, >= 16 GB of safetensors in the page cache, onto the GPU: GB/s.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from tests.triton_server import TritonServer
 
 CONFIG = Path(__file__).parent / "lmsys_decode.toml"
 MODEL_LINE = 'model_path = "deepseek_v3"'  # of CONFIG
-PARTS = ("decode", "load", "startup", "cold", "capture", "weights")
+PARTS = ("decode", "load", "startup", "cold", "capture")
 TRACE_S = 1.0
 ResultT = TypeVar("ResultT")
 Run = Callable[[Sequence[open_loop.Planned]], list[Arrivals]]
@@ -139,7 +138,7 @@ def line_of(one: dict[str, Any]) -> str:
 
 
 def start_parts(config_path: Path, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """cold, capture and weights, as asked for."""
+    """cold and capture, as asked for."""
     config = ServeConfig.from_toml(config_path)
     entries: list[dict[str, Any]] = []
 
@@ -157,10 +156,6 @@ def start_parts(config_path: Path, args: argparse.Namespace, folder: Path) -> li
             toml = folder / f"capture-{name}.toml"
             toml.write_text(CAPTURE_TOML.format(model=narrow, replica=table))
             add("capture", in_process(startup.capture, ServeConfig.from_toml(toml)))
-    if "weights" in args.parts:
-        size = startup.write_checkpoint(folder / "weights", config.model_path)
-        print(f"wrote {size / 1e9:.1f} GB of safetensors", flush=True)
-        add("weights", in_process(startup.load_weights, folder / "weights", "cuda:0"))
     return entries
 
 

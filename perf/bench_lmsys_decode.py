@@ -10,10 +10,9 @@ parts      goals: --rows at --context, with a breakdown. batch: 1 ... 256 rows a
            as many rows, a power of two, as 8,320 pages hold. skew: --rows with a bias that makes every token choose the
            first expert of each rank that it visits, so that one local expert has half of all rows.
 raw        rows / wall time of a step.
-corrected  raw with NVLink put back: loopback moves the exchange's bytes at HBM speed. Each layer's bytes that would
-           leave the GPU, at --nvlink, less their time in HBM, are added to the step. The rate is that of a copy between
-           two H200 (385 GB/s), not of our kernels on two GPUs: the corrected figure is projected, and so are all
-           figures of eight GPUs.
+corrected  raw with NVLink put back, for loopback moves the exchange's bytes at HBM speed: what bench_rdep.py measured
+           between two GPUs (nvlink.py) or, with --nvlink, each layer's bytes that would leave the GPU at so many GB/s
+           less their time in HBM. Projected, as are all figures of eight GPUs.
 idle       share of the profiled steps that lies in gaps of more than 10 us without a kernel or a copy on the GPU.
 breakdown  kernel times of a step, from the profiler (CUPTI), summed by operation.
 """
@@ -39,6 +38,7 @@ from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import RankPlan, SamplingParams, SlotInit, StepPlan
 from perf import results
 from perf.device_trace import DeviceTrace, trace
+from perf.nvlink import nvlink_correction
 
 CONFIG = Path(__file__).parent / "lmsys_decode.toml"
 LONG_CONTEXTS = {"max_batch_size": 128, "max_seq_len": 131200, "num_pages": 8320}
@@ -166,15 +166,20 @@ def hot_experts(worker: Worker) -> Iterator[None]:
 
 
 def measure(
-    worker: Worker, config: ServeConfig, rows: int, context: int, steps: int, nvlink_gb_s: float, *, with_trace: bool
+    worker: Worker, config: ServeConfig, rows: int, context: int, args: argparse.Namespace, *, is_goal: bool
 ) -> dict[str, Any]:
     """One entry of the results."""
+    steps = args.steps if is_goal else SWEEP_STEPS
     start = context - steps // 2 - WARM_STEPS
     decode = Decode(worker, config, rows, start, start + WARM_STEPS + steps + TRACED_STEPS)
     decode.run(WARM_STEPS)
     step_s, tokens = decode.run(steps)
     visited, moved = exchange_bytes(worker, rows)
-    corrected_s = step_s + len(moe_layers(worker)) * moved * (1 / (nvlink_gb_s * 1e9) - 2 / HBM_BYTES_S)
+    if args.nvlink is None:
+        layer_s = nvlink_correction(rows)
+    else:
+        layer_s = moved * (1 / (args.nvlink * 1e9) - 2 / HBM_BYTES_S)
+    corrected_s = step_s + len(moe_layers(worker)) * layer_s
     result = {
         "rows": rows,
         "context": context,
@@ -186,7 +191,7 @@ def measure(
         "exchange_bytes_a_layer": moved,
         "distinct_tokens": len(set(tokens)),
     }
-    if with_trace:
+    if is_goal:
         traced = trace(lambda: decode.run(TRACED_STEPS))
         result["idle_share"] = traced.idle_share()
         result["operations_us"], result["kernels_us"] = breakdown(traced, TRACED_STEPS)
@@ -220,9 +225,7 @@ def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Entries as they are measured."""
 
     def one(worker: Worker, config: ServeConfig, part: str, rows: int, context: int) -> dict[str, Any]:
-        is_goal = part in ("goals", "skew")
-        steps = args.steps if is_goal else SWEEP_STEPS
-        return {"part": part} | measure(worker, config, rows, context, steps, args.nvlink, with_trace=is_goal)
+        return {"part": part} | measure(worker, config, rows, context, args, is_goal=part in ("goals", "skew"))
 
     short = ServeConfig.from_toml(CONFIG)
     of_short = set(args.parts) - {"context"}
@@ -261,6 +264,7 @@ def report(result: dict[str, Any]) -> None:
 def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """P1 and P2, where they were measured."""
     lines = {}
+    nvlink = "as P5 measured it" if args.nvlink is None else f"from {args.nvlink:g} GB/s"
     for entry in entries:
         if entry["part"] != "goals" or entry["rows"] not in GOALS:
             continue
@@ -272,8 +276,8 @@ def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> d
             goal,
             args,
             raw=round(entry["raw_tok_s_gpu"] * gpus),
-            method=f"perf/bench_lmsys_decode.py, {args.steps} steps: one GPU in loopback, NVLink from {args.nvlink:g} "
-            f"GB/s; greedy, ctx {args.context}",
+            method=f"perf/bench_lmsys_decode.py, {args.steps} steps: one GPU in loopback, NVLink {nvlink}; greedy, "
+            f"ctx {args.context}",
         )
     return lines
 
@@ -285,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 32])
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--nvlink", type=float, default=385.0, help="GB/s between two GPUs")
+    parser.add_argument("--nvlink", type=float, help="GB/s between two GPUs, instead of what was measured")
     results.add_arguments(parser)
     args = results.parse(parser, argv)
     results.require_gpu()
@@ -295,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entries.append(entry | {"memory_gb": torch.cuda.max_memory_reserved() / 1e9})
         lines = goal_lines(entries, args)
         made = results.document("lmsys_decode", args, method=__doc__ or "", results=entries, goals=lines)
-        results.write(made, args.output)
+        results.write(made, args)
     print(json.dumps(goal_lines(entries, args)))
     return 0
 

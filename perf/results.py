@@ -17,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = ROOT / "perf" / "baselines"
+H200_BASELINE = BASELINES / "h200.json"
 
 
 def machine() -> str:
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What every GPU benchmark has."""
     parser.add_argument("--commit", default="", help="what was measured; default: asked of git")
     parser.add_argument("--output", type=Path, help="file of the JSON document")
+    parser.add_argument("--save", action="store_true", help="write the goals' lines into perf/baselines/h200.json")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -117,8 +119,15 @@ def document(
     }
 
 
-def write(made: Mapping[str, Any], output: Path | None) -> None:
-    """The document to --output, where that was given. May be called again with more results."""
+def write(made: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """The document to --output, its goals into the baseline with --save. May be called again with more results."""
+    write_document(made, args.output)
+    if args.save:
+        save_lines(H200_BASELINE, made["goals"])
+
+
+def write_document(made: Mapping[str, Any], output: Path | None) -> None:
+    """Where that was asked for."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(made, indent=1) + "\n")

@@ -72,7 +72,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[FakeWorker]:
 
 
 def run(*argv: str) -> None:
-    assert bench.main(["--commit", "abc", "--steps", "6", *argv]) == 0
+    assert bench.main(["--commit", "abc", "--steps", "6", "--nvlink", "385", *argv]) == 0
 
 
 def test_the_quick_default_measures_both_goals(workers: list[FakeWorker], tmp_path: Path) -> None:
