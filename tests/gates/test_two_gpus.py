@@ -22,7 +22,7 @@ from nmoe_backend import warmup
 from nmoe_backend.config import ServeConfig
 from nmoe_backend.engine import Engine
 from nmoe_backend.models import load_spec
-from nmoe_backend.runtime.worker import ReadyOutput, Worker
+from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import PendingOutput, RankOutput, StepPlan
 from scripts.make_tiny_checkpoint import make_checkpoint
 from tests.generation import GREEDY, Collected, replace, request_of
@@ -49,6 +49,16 @@ ON_TWO, ON_ONE = [0, 1], [0, 0]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("slim"), preset="slim", dtype="fp8")
+
+
+class Nothing:
+    """What a rank that launched nothing says of its step."""
+
+    def __init__(self, plan: StepPlan, rank: int) -> None:
+        self._output = RankOutput(token_ids=[40] * len(plan.ranks[rank].slots))
+
+    def wait(self, timeout_s: float) -> RankOutput:
+        return self._output
 
 
 class Faulty:
@@ -127,7 +137,7 @@ def raises(_: StepPlan) -> PendingOutput:
 
 
 def leaves_its_graph_out(plan: StepPlan) -> PendingOutput:
-    return ReadyOutput(RankOutput(token_ids=[40] * len(plan.ranks[1].slots)))
+    return Nothing(plan, 1)
 
 
 class Hangs:
