@@ -16,6 +16,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "api": ("nmoe_backend.api.server", "OpenAI's API in front of a Triton, on this host or another"),
         "top": ("nmoe_backend.top", "what servers do right now, in a terminal"),
         "doctor": ("nmoe_backend.doctor", "check this machine against a TOML"),
+        "bench": ("nmoe_backend.bench", "measure this machine's GPUs against the project's goals (source tree only)"),
         "convert": ("nmoe_backend.convert", "write a checkpoint in the nmoe-sharded form"),
     }
 )

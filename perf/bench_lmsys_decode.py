@@ -7,8 +7,8 @@ decode --steps tokens each around a context, greedy, one step launched while the
 step is one graph replay from static buffers, then the sampler.
 
 parts      goals: --rows at --context, with a breakdown. batch: 1 ... 256 rows at --context. context: 1k ... 128k, with
-           as many rows, a power of two, as 8,320 pages hold. skew: --rows with a bias that makes every token choose the
-           first expert of each rank that it visits, so that one local expert has half of all rows.
+           as many rows, a power of two up to 64, as 8,256 pages hold. skew: --rows with a bias that makes every token
+           choose the first expert of each rank that it visits, so that one local expert has half of all rows.
 raw        rows / wall time of a step.
 corrected  raw with NVLink put back, for loopback moves the exchange's bytes at HBM speed: what bench_rdep.py measured
            between two GPUs (nvlink.py) or, with --nvlink, each layer's bytes that would leave the GPU at so many GB/s
@@ -41,7 +41,7 @@ from perf.device_trace import DeviceTrace, trace
 from perf.nvlink import nvlink_correction
 
 CONFIG = Path(__file__).parent / "lmsys_decode.toml"
-LONG_CONTEXTS = {"max_batch_size": 128, "max_seq_len": 131200, "num_pages": 8320}
+LONG_CONTEXTS = {"max_batch_size": 64, "max_seq_len": 131200, "num_pages": 8256}
 GOALS = {256: ("P1", 4500.0, "tokens/s/GPU, projected"), 32: ("P2", 8000.0, "tokens/s/node, projected")}
 PARTS = ("goals", "batch", "context", "skew")
 BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)

@@ -103,8 +103,10 @@ def run_engine(orchestrator: Any, load: Sequence[Planned]) -> list[Arrivals]:
         sinks.append(_Sink(time.perf_counter()))
         orchestrator.submit(request, sinks[-1])
     for sink in sinks:
-        if not sink.done.wait(ANSWER_S) or sink.error is not None:
-            raise RuntimeError(f"a request did not end within {ANSWER_S:g} s" if sink.error is None else sink.error)
+        if not sink.done.wait(ANSWER_S):
+            raise TimeoutError(f"a request did not end within {ANSWER_S:g} s")
+        if sink.error is not None:
+            raise sink.error
     return [sink.arrivals for sink in sinks]
 
 

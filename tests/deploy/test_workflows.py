@@ -73,6 +73,14 @@ def test_a_regression_is_a_longer_time_or_a_lower_rate() -> None:
     assert [line.partition(":")[0] for line in worse] == ["time", "rate", "gone"]
 
 
+def test_percentages_are_compared_by_points_and_idle_time_is_better_short() -> None:
+    baseline = {"P4": entry(98.0, "% of the engine alone"), "P7": entry(1.0, "% idle")}
+    assert regressions(baseline, {"P4": entry(93.5, "% of the engine alone"), "P7": entry(5.9, "% idle")}, 5.0) == []
+    assert regressions(baseline, {"P4": entry(104.0, "% of the engine alone"), "P7": entry(0.0, "% idle")}, 5.0) == []
+    worse = regressions(baseline, {"P4": entry(92.5, "% of the engine alone"), "P7": entry(6.2, "% idle")}, 5.0)
+    assert [line.partition(":")[0] for line in worse] == ["P4", "P7"]
+
+
 def test_the_nightly_comparison_fails_on_a_regression(tmp_path: Path) -> None:
     baseline, run = tmp_path / "baseline.json", tmp_path / "run.json"
     baseline.write_text('{"P8": {"value": 2.0, "unit": "ms", "commit": "abc"}}')

@@ -111,7 +111,7 @@ def test_contexts_take_as_many_rows_as_the_pages_hold(workers: list[FakeWorker],
     made = json.loads((tmp_path / "c.json").read_text())
     shapes = [(one["context"], one["rows"]) for one in made["results"]]
     assert shapes == [
-        (1024, 128), (2048, 128), (4096, 128), (8192, 64), (16384, 32), (32768, 16), (65536, 8), (131072, 4)
+        (1024, 64), (2048, 64), (4096, 64), (8192, 64), (16384, 32), (32768, 16), (65536, 8), (131072, 4)
     ]  # fmt: skip
     assert made["goals"] == {}, "only the goals' own part counts for them"
 

@@ -203,10 +203,13 @@ def test_one_connects_to_loopback_where_the_server_listens_everywhere(host: str,
 def test_the_console_command_names_its_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     assert console.main(["--help"]) == 0
     usage = capsys.readouterr().out
-    assert all(name in usage for name in ("serve", "drain", "api", "top", "doctor", "convert"))
+    assert all(name in usage for name in ("serve", "drain", "api", "top", "doctor", "bench", "convert"))
     assert console.main([]) == 2
     assert console.main(["sevre"]) == 2
-    assert "'sevre' is not a command, needs one of: serve, drain, api, top, doctor, convert" in capsys.readouterr().err
+    assert (
+        "'sevre' is not a command, needs one of: serve, drain, api, top, doctor, bench, convert"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_console_command_hands_over_and_reports_errors(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
