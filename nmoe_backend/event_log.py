@@ -23,6 +23,7 @@ from nmoe_backend.lifecycle import RequestRecord
 _LOG = logging.getLogger(__name__)
 ROOT_LOGGER = "nmoe_backend"
 _GATHER_S = 0.05
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for every line
 
 
 def log_event(logger: logging.Logger, event: str, fields: Mapping[str, Any], level: int = logging.INFO) -> None:
@@ -46,7 +47,7 @@ class JsonFormatter(logging.Formatter):
             line |= {name: value for name, value in fields.items() if value is not None}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return _ENCODER.encode(line)
 
 
 class _Handover(logging.handlers.QueueHandler):

@@ -148,10 +148,7 @@ async def first_tokens(both: Both, streams: int) -> dict[str, list[float]]:
     channel = grpc.aio.insecure_channel(both.server.grpc)
 
     async def by_grpc() -> Arrivals:
-        stop = asyncio.Event()
-        arrivals = await bench_streaming.read_stream(channel, both.grpc_request, stop)
-        stop.set()
-        return arrivals
+        return await bench_streaming.read_stream(channel, both.grpc_request)
 
     async def by_sse() -> Arrivals:
         return (await sse_client.read_streams(both.front.address, 1, both.sse_request))[0]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, PlainTextResponse, Response
@@ -17,9 +16,11 @@ from starlette.types import ASGIApp
 
 from nmoe_backend import __version__
 from nmoe_backend.api import chat, completions, responses, text_endpoints
-from nmoe_backend.api.errors import ApiError, too_large
+from nmoe_backend.api.bodies import JsonRoute
+from nmoe_backend.api.errors import ApiError
 from nmoe_backend.api.gate import Gate
-from nmoe_backend.api.http import ClientGone, Json, JsonRoute
+from nmoe_backend.api.generation import MAX_BATCH
+from nmoe_backend.api.http import ClientGone, Json
 from nmoe_backend.api.metrics import ApiMetrics
 from nmoe_backend.api.openapi import (
     GENERATES,
@@ -47,21 +48,19 @@ from nmoe_backend.api.schemas import (
     TokenizeRequest,
 )
 from nmoe_backend.api.service import Caller, Service
-from nmoe_backend.api.validation import explain
 from nmoe_backend.contract_inputs import MAX_STOP_WORDS, MAX_TOP_LOGPROBS
 from nmoe_backend.openai_config import OpenAIConfig
 
 _LOG = logging.getLogger(__name__)
+RunningService = Callable[[], AbstractAsyncContextManager[Service]]
 _PAGE = Path(__file__).parent / "static" / "chat.html"
 
 
-def make_app(
-    start: Callable[[], Awaitable[Service]], created: int, metrics: ApiMetrics, max_request_bytes: int | None = None
-) -> FastAPI:
-    """`start` is called in the event loop that serves; `created`: when the model was started, seconds since 1970."""
+def make_app(running: RunningService, created: int, metrics: ApiMetrics) -> FastAPI:
+    """`running` is entered in the event loop that serves; `created`: when the model was started, seconds since 1970."""
     app = FastAPI(
-        title="nmoe", version=__version__, summary="DeepSeek-V3 behind OpenAI's API", lifespan=_lifespan(start),
-        redoc_url=None, max_body_size=max_request_bytes, generate_unique_id_function=operation_id,
+        title="nmoe", version=__version__, summary="DeepSeek-V3 behind OpenAI's API", lifespan=_lifespan(running),
+        redoc_url=None, generate_unique_id_function=operation_id,
     )  # fmt: skip
     app.router.route_class = JsonRoute
     _add_generation(app)
@@ -83,57 +82,52 @@ def wrap(app: FastAPI, settings: OpenAIConfig, metrics: ApiMetrics) -> ASGIApp:
     )  # fmt: skip
 
 
-def _lifespan(start: Callable[[], Awaitable[Service]]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(running: RunningService) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.service = await start()
-        yield
-        await app.state.service.close()
+        async with running() as app.state.service:
+            yield
 
     return lifespan
 
 
-async def _service(request: Request) -> Service:  # async: FastAPI calls the others in a thread
+def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-async def _caller(request: Request) -> Caller:
+def _caller(request: Request) -> Caller:
     return Caller(request=request, request_id=request.state.request_id)
-
-
-ServiceOf = Annotated[Service, Depends(_service)]
-CallerOf = Annotated[Caller, Depends(_caller)]
 
 
 def _add_generation(app: FastAPI) -> None:
     @app.post("/v1/chat/completions", responses=answers(ChatAnswer, GENERATES, streams=True))
-    async def create_chat_completion(body: ChatRequest, service: ServiceOf, caller: CallerOf) -> Response:
-        return await chat.create(service, caller, body)
+    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+        return await chat.create(_service(request), _caller(request), body)
 
     @app.post("/v1/completions", responses=answers(CompletionAnswer, GENERATES, streams=True))
-    async def create_completion(body: CompletionRequest, service: ServiceOf, caller: CallerOf) -> Response:
-        return await completions.create(service, caller, body)
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        return await completions.create(_service(request), _caller(request), body)
 
     @app.post("/v1/responses", responses=answers(ResponseAnswer, GENERATES, streams=True))
-    async def create_response(body: ResponsesRequest, service: ServiceOf, caller: CallerOf) -> Response:
-        return await responses.create(service, caller, body)
+    async def create_response(body: ResponsesRequest, request: Request) -> Response:
+        return await responses.create(_service(request), _caller(request), body)
 
     @app.api_route("/v1/responses/{response_id:path}", methods=["GET", "DELETE"], include_in_schema=False)
     async def stored_response(response_id: str) -> Response:
         raise responses.not_stored(response_id)
 
     @app.post("/v1/embeddings", responses=answers(EmbeddingsAnswer, GENERATES))
-    async def create_embeddings(body: EmbeddingRequest, service: ServiceOf, caller: CallerOf) -> Response:
-        return await text_endpoints.embeddings(service, caller, body)
+    async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        return await text_endpoints.embeddings(_service(request), _caller(request), body)
 
     @app.post("/tokenize", responses=answers(TokensAnswer, READS_TEXT))
-    async def tokenize(body: TokenizeRequest, service: ServiceOf) -> Response:
-        return await text_endpoints.tokenize(service, body)
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+        return await text_endpoints.tokenize(_service(request), body)
 
     @app.post("/detokenize", responses=answers(TextAnswer, READS_TEXT))
-    async def detokenize(body: DetokenizeRequest, service: ServiceOf) -> Response:
-        return await text_endpoints.detokenize(service, body)
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+        return await text_endpoints.detokenize(_service(request), body)
 
 
 def _add_models(app: FastAPI, created: int) -> None:
@@ -142,18 +136,19 @@ def _add_models(app: FastAPI, created: int) -> None:
         return {"id": name, "object": "model", "created": created, "owned_by": "nmoe", "max_model_len": length}
 
     @app.get("/v1/models", responses=answers(ModelsAnswer, (401,)))
-    async def list_models(service: ServiceOf) -> Response:
-        return Json({"object": "list", "data": [model(service)]})
+    async def list_models(request: Request) -> Response:
+        return Json({"object": "list", "data": [model(_service(request))]})
 
     @app.get("/v1/models/{name:path}", responses=answers(ModelAnswer, (401, 404)))
-    async def retrieve_model(name: str, service: ServiceOf) -> Response:
+    async def retrieve_model(name: str, request: Request) -> Response:
+        service = _service(request)
         if name != service.config.model_name:
             raise service.unknown_model(name)
         return Json(model(service))
 
     @app.get("/v1/limits", responses=answers(LimitsAnswer, (401,)))
-    async def limits(service: ServiceOf) -> Response:
-        return Json(_limits(service))
+    async def limits(request: Request) -> Response:
+        return Json(_limits(_service(request)))
 
 
 def _limits(service: Service) -> dict[str, Any]:
@@ -165,6 +160,7 @@ def _limits(service: Service) -> dict[str, Any]:
         "max_running_requests": config.max_batch_size * num_ranks,
         "max_queue_size": config.max_queue_size,
         "max_choices": settings.max_choices,
+        "max_inputs": MAX_BATCH,
         "max_stop_strings": MAX_STOP_WORDS,
         "max_top_logprobs": MAX_TOP_LOGPROBS,
         "max_request_bytes": settings.max_request_bytes,
@@ -181,9 +177,9 @@ def _add_health(app: FastAPI, metrics: ApiMetrics) -> None:
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=answers(StatusAnswer, (503,)))
-    async def ready(service: ServiceOf) -> Response:
+    async def ready(request: Request) -> Response:
         """The model behind it answers too."""
-        if not await service.engine.is_ready():
+        if not await _service(request).engine.is_ready():
             raise ApiError(503, "the model is not ready. Try again.")
         return Json({"status": "ready"})
 
@@ -201,14 +197,8 @@ def _add_errors(app: FastAPI) -> None:
     async def api_error(_request: Request, error: ApiError) -> Response:
         return Response(error.body(), error.status, error.headers(), "application/json")
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return await api_error(request, explain(error.errors(), _fields(request)))
-
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 413:
-            return await api_error(request, too_large((await _service(request)).settings.max_request_bytes))
         text = f"{request.method} {request.url.path}: {error.detail}. GET /docs lists what there is."
         answer = await api_error(request, ApiError(error.status_code, text))
         answer.headers.update(error.headers or {})
@@ -222,10 +212,3 @@ def _add_errors(app: FastAPI) -> None:
     async def bug(request: Request, error: Exception) -> Response:
         _LOG.error("%s: a bug of ours", request.state.request_id, exc_info=error)
         return await api_error(request, ApiError(500, "the server failed. Its log says why."))
-
-
-def _fields(request: Request) -> list[str]:
-    """Names of the body's fields at this endpoint."""
-    body = getattr(request.scope.get("route"), "body_field", None)
-    annotation = getattr(getattr(body, "field_info", None), "annotation", None)
-    return [field.alias or name for name, field in getattr(annotation, "model_fields", {}).items()]

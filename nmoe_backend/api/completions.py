@@ -190,16 +190,19 @@ class _Answer:
     async def events(self, deltas: Deltas) -> AsyncIterator[bytes]:
         """The chunks of a streamed answer."""
         options = self._body.stream_options
+        num_running, out = len(self._choices), b""
         async for index, delta in deltas:
             text, logprobs = self._feed(index, delta)
             reason = self._choices[index].finish_reason
+            num_running -= reason is not None
             if text or reason or (logprobs and logprobs["tokens"]):
                 choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-                yield event({**self._head, "choices": [choice], **self._usage.in_chunk(options)})
+                out = event({**self._head, "choices": [choice], **self._usage.in_chunk(options)})
+            if out and num_running:  # the last one's end leaves with what follows it
+                yield out
+                out = b""
         end = self._usage.at_end(options)
-        if end is not None:
-            yield event({**self._head, **end})
-        yield DONE
+        yield out + (b"" if end is None else event({**self._head, **end})) + DONE
 
     def _feed(self, index: int, delta: Delta) -> tuple[str, dict[str, list[Any]] | None]:
         self._usage.add(index // self._best_of, delta)

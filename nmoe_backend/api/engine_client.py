@@ -1,13 +1,13 @@
-"""`deepseek_v3` over gRPC: one bidirectional stream a generation, so that ending the stream cancels the generation.
+"""`deepseek_v3` over gRPC: one stream a generation, so that ending the stream cancels the generation.
 
 Owns the channels of one worker process and its event loop. The raw method and the generated messages are used:
-tritonclient's own client takes three times as long a response.
+tritonclient's own client takes three times as long a response. Triton's method takes a stream of requests; one request
+and the half-close behind it leave as one operation here, which costs a third less than a stream that is kept open.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import struct
 from collections.abc import AsyncGenerator, Sequence
@@ -27,7 +27,7 @@ MODEL = "deepseek_v3"
 _SERVICE = "/inference.GRPCInferenceService"
 _MAX_RESPONSES_PER_S = 2500
 _CONNECTIONS = 4  # one connection is one thread of the server
-_END_S = 5.0  # for the end of a stream whose last response has arrived
+_END_S = 5.0  # at the end, for streams whose last response has arrived
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),  # prompt logprobs are megabytes
@@ -70,11 +70,12 @@ class EngineClient:
         self._turn = itertools.cycle(self._channels)
         self._ready = self._channels[0].unary_unary(f"{_SERVICE}/ModelReady")
         self._num_live = 0  # generations
-        self._ending: set[asyncio.Task[None]] = set()  # streams whose last response has arrived
+        self._ending: set[grpc.aio.UnaryStreamCall] = set()  # streams whose last response has arrived
 
     async def close(self) -> None:
         """End the channels."""
-        await asyncio.gather(*self._ending)
+        ends = [asyncio.wait_for(call.code(), _END_S) for call in self._ending]
+        await asyncio.gather(*ends, return_exceptions=True)
         for channel in self._channels:
             await channel.close()
 
@@ -95,11 +96,11 @@ class EngineClient:
         # where nothing holds the responder back. Below 50 streams this is less than a decode step: nothing waits.
         interval_ms = self._num_live * 1000 // _MAX_RESPONSES_PER_S
         message = encode_request({**inputs, "min_response_interval_ms": interval_ms}, outputs, request_id)
-        call = next(self._turn).stream_stream(f"{_SERVICE}/ModelStreamInfer")(metadata=_metadata(), timeout=timeout_s)
+        method = next(self._turn).unary_stream(f"{_SERVICE}/ModelStreamInfer")
+        call = method(message, metadata=_metadata(), timeout=timeout_s)
         ended = False
         self._num_live += 1
         try:
-            await call.write(message)
             while not ended:
                 raw = await call.read()
                 if raw is grpc.aio.EOF:
@@ -111,10 +112,9 @@ class EngineClient:
             raise of_engine(error) from error
         finally:
             self._num_live -= 1
-            if ended:  # nobody waits for it: an answer is whole without it
-                task = asyncio.create_task(_end(call))
-                self._ending.add(task)
-                task.add_done_callback(self._ending.discard)
+            if ended:  # the server ends it; a cancellation that meets the last response would leak the request there
+                self._ending.add(call)
+                call.add_done_callback(self._ending.discard)
             else:
                 call.cancel()
 
@@ -161,14 +161,6 @@ def _raw(dtype: str, values: Sequence[Any]) -> bytes:
         return np.asarray(values, NUMPY_TYPES[dtype]).tobytes()
     encoded = [value.encode() for value in values]
     return b"".join(struct.pack("<I", len(value)) + value for value in encoded)
-
-
-async def _end(call: Any) -> None:
-    """Half-close and wait for the server's end: a cancellation that meets the last response would leak it there."""
-    with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
-        await call.done_writing()
-        async with asyncio.timeout(_END_S):
-            await call.read()
 
 
 async def _unexpected_end(call: Any) -> grpc.aio.AioRpcError:

@@ -82,7 +82,7 @@ class Gate:
             raise ApiError(
                 401, "the API key is missing or wrong. Send it as `Authorization: Bearer KEY`.", code="invalid_api_key"
             )
-        # A body without a length is counted by FastAPI (max_body_size), which answers this case in plain text.
+        # A body without a length is counted while it is read.
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_bytes:
             raise too_large(self._max_bytes)

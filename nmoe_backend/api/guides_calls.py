@@ -49,8 +49,8 @@ class Section:
 
 
 def literal(text: str) -> str:
-    """A Lark string."""
-    return json.dumps(text, ensure_ascii=False)
+    """A Lark string: JSON's, but for DEL, which llguidance takes escaped only."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def json_value(schema: Mapping[str, Any], *, lenient: bool = False) -> str:

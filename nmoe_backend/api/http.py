@@ -11,16 +11,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import orjson
-from fastapi import Request
-from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from nmoe_backend.api.errors import ApiError
-from nmoe_backend.api.validation import check_depth
 
-BODY_S = 60.0  # a client that announces a body and does not send it holds a connection no longer than this
 SLOW_READER_S = 10.0  # behind a request's time, to read the rest
 CLIENT_LEFT = "client_left"  # in a request's state
 DONE = b"data: [DONE]\n\n"
@@ -37,41 +32,6 @@ class Json(Response):
         return orjson.dumps(content)
 
 
-class _JsonRequest(Request):
-    """A body read by orjson, which takes nothing that it could not write again: no lone surrogates, no NaN."""
-
-    async def body(self) -> bytes:
-        try:
-            async with asyncio.timeout(BODY_S):
-                return await super().body()
-        except TimeoutError as error:
-            text = f"the body did not arrive within {BODY_S:g} s"
-            raise HTTPException(408, text, {"Connection": "close"}) from error
-
-    async def json(self) -> Any:
-        value = orjson.loads(await self.body())
-        check_depth(value)
-        return value
-
-
-class JsonRoute(APIRoute):
-    """A route whose bodies are read so. What orjson refuses is a JSON error to FastAPI, too."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler of a request."""
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(_JsonRequest(request.scope, request.receive))
-            except HTTPException as error:  # FastAPI's word for whatever the reading of a body raises
-                if isinstance(error.__cause__, ApiError):
-                    raise error.__cause__ from None
-                raise
-
-        return handle
-
-
 def event(value: Any, name: str = "") -> bytes:
     """One server-sent event."""
     head = b"event: " + name.encode() + b"\n" if name else b""
@@ -82,12 +42,38 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """The result of `work`, which is cancelled when the client disconnects (ClientGone)."""
-    task = await _until_gone(request.receive, work)
-    if task.cancelled():
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, ResultT], limit_s: float | None = None) -> ResultT:
+    """The result of `work`, which is cancelled when the client disconnects or the time is over (ClientGone).
+
+    In the task that calls, as asyncio.timeout does it: a task of its own would cost more than all that is awaited here.
+    """
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    waits, gone = True, False
+
+    def leave(_done: object = None) -> None:
+        nonlocal gone
+        if waits and not gone:
+            gone = True
+            task.cancel()
+
+    watcher = asyncio.create_task(_disconnect(receive))
+    watcher.add_done_callback(leave)
+    timer = None if limit_s is None else loop.call_later(limit_s, leave)
+    try:
+        result = await work
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+    finally:
+        waits = False
+        watcher.cancel()
+        if timer is not None:
+            timer.cancel()
+    if gone:
+        task.uncancel()
         raise ClientGone
-    return task.result()
+    return result
 
 
 class EventStream(Response):
@@ -105,13 +91,11 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end or until the client is gone, which is noted for the log: the status has left already."""
         try:
-            task = await _until_gone(receive, self._send_all(send), self._limit_s + SLOW_READER_S)
+            await unless_gone(receive, self._send_all(send), self._limit_s + SLOW_READER_S)
+        except ClientGone:
+            scope["state"][CLIENT_LEFT] = True
         finally:
             await self._close()
-        if task.cancelled():
-            scope["state"][CLIENT_LEFT] = True
-        else:
-            task.result()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -123,25 +107,6 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _until_gone(
-    receive: Receive, work: Coroutine[Any, Any, ResultT], limit_s: float | None = None
-) -> asyncio.Task[ResultT]:
-    """The task of `work`, done; cancelled where the client disconnects first, or the time is over."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnect(receive))
-    try:
-        await asyncio.wait((task, gone), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        await _cancel(task, gone)
-    return task
-
-
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _cancel(*tasks: asyncio.Future[Any]) -> None:
-    """End what still runs and wait for it; what it raised while it ended is of no interest."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -179,6 +179,7 @@ class LimitsAnswer(BaseModel):
     max_running_requests: int
     max_queue_size: int
     max_choices: int
+    max_inputs: int
     max_stop_strings: int
     max_top_logprobs: int
     max_request_bytes: int

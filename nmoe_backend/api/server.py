@@ -14,7 +14,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import uvicorn
@@ -27,7 +28,7 @@ from nmoe_backend.api.metrics import ApiMetrics
 from nmoe_backend.api.protocol import BoundedHeadProtocol
 from nmoe_backend.api.service import Service, make_service
 from nmoe_backend.config import ServeConfig
-from nmoe_backend.event_log import JsonFormatter
+from nmoe_backend.event_log import JsonFormatter, start_log
 from nmoe_backend.http_probe import url_host
 from nmoe_backend.types import ConfigError
 
@@ -83,13 +84,17 @@ def create(config_path: Path, overrides: Mapping[str, object], triton: str, crea
     folder = environ.process_environment().get(METRICS_FOLDER) if config.openai.workers > 1 else None
     metrics = ApiMetrics(Path(folder) if folder else None)
 
-    async def start() -> Service:
+    @asynccontextmanager
+    async def running() -> AsyncIterator[Service]:
+        stop_log = start_log(environ.debug_switches().log_level)
         service = make_service(config, triton)
         gc.collect()
         gc.freeze()  # what was loaded stays: a full collection over it would stop every stream for 40 ms
-        return service
+        yield service
+        await service.close()
+        stop_log()
 
-    return wrap(make_app(start, created, metrics, config.openai.max_request_bytes), config.openai, metrics)
+    return wrap(make_app(running, created, metrics), config.openai, metrics)
 
 
 def _listen(config: ServeConfig) -> socket.socket:
@@ -112,17 +117,13 @@ def _ignore(_signal: int, _frame: object) -> None:
 
 
 def _log_config() -> dict[str, object]:
-    """Ours and uvicorn's loggers, one line each, on standard output."""
-    level = environ.debug_switches().log_level.upper()
+    """Uvicorn's own words, one line each, on standard output; start_log sees to ours."""
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"line": {"()": JsonFormatter}},
         "handlers": {"out": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stdout"}},
-        "loggers": {
-            "nmoe_backend": {"handlers": ["out"], "level": level, "propagate": False},
-            "uvicorn": {"handlers": ["out"], "level": "WARNING", "propagate": False},
-        },
+        "loggers": {"uvicorn": {"handlers": ["out"], "level": "WARNING", "propagate": False}},
     }
 
 

@@ -34,7 +34,7 @@ class Caller:
 
     async def unless_gone(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
         """The result of `work`; cancelled when the client disconnects."""
-        return await http.unless_gone(self.request, work)
+        return await http.unless_gone(self.request.receive, work)
 
 
 class Service:

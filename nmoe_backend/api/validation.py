@@ -39,13 +39,11 @@ _ORJSON_DEPTH = 254  # levels that it can write
 def explain(errors: Sequence[Mapping[str, Any]], known: Iterable[str]) -> ApiError:
     """The first complaint. `known` are the names of the body's fields, for a guess at what was meant."""
     error = _most_specific(errors)
-    path = [str(part) for part in error["loc"] if part != "body"]
+    path = [str(part) for part in error["loc"]]
     name = _join(path)
     kind = error["type"]
-    if kind == "json_invalid":
-        return bad_request(f"the body is not valid JSON: {error['ctx']['error']}. Correct it.")
     if not path:
-        return bad_request("the body is missing or no JSON object. Send one, with Content-Type: application/json.")
+        return no_object()
     if kind == "missing":
         return bad_request(f"{name}: is required. Add it.", name, "missing_required_parameter")
     if kind == "extra_forbidden":
@@ -59,6 +57,11 @@ def explain(errors: Sequence[Mapping[str, Any]], known: Iterable[str]) -> ApiErr
     return bad_request(
         f"{name}: got {shown(error.get('input'))}, need {text}. Correct the value.", name, "invalid_value"
     )
+
+
+def no_object() -> ApiError:
+    """For a body that is missing, or anything but a JSON object."""
+    return bad_request("the body is missing or no JSON object. Send one, with Content-Type: application/json.")
 
 
 def shown(value: object) -> str:
@@ -91,8 +94,8 @@ def _cut(text: str) -> str:
 def _most_specific(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """A union complains once per member: the complaint that lies deepest is of the member that fits best."""
     first = errors[0]
-    field = first["loc"][:2]
-    return max((error for error in errors if error["loc"][:2] == field), key=lambda error: len(error["loc"]))
+    field = first["loc"][:1]
+    return max((error for error in errors if error["loc"][:1] == field), key=lambda error: len(error["loc"]))
 
 
 def _join(path: Sequence[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,11 @@ def application(service: Service, engine: FakeEngine) -> Any:
     """The ASGI application as the server runs it, over this engine."""
     metrics = ApiMetrics()
 
-    async def started() -> Service:
-        return service
+    @asynccontextmanager
+    async def running() -> AsyncIterator[Service]:
+        yield service
 
-    app = make_app(started, 0, metrics)
+    app = make_app(running, 0, metrics)
     service.engine = engine
     app.state.service = service  # what the lifespan does; a transport without a server has none
     return wrap(app, service.settings, metrics)

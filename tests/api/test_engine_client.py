@@ -1,4 +1,5 @@
-"""engine_client.py against a Triton that answers from a script, over real gRPC: how often it lets the engine answer."""
+"""engine_client.py against a Triton that answers from a script, over real gRPC: how often it lets the engine answer,
+and how streams end."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ from nmoe_backend.api.engine_client import EngineClient
 
 
 class ScriptedTriton:
-    """Answers a generation with one response, the final one as soon as `release` is set."""
+    """Answers a generation with one response, the final one as soon as `release` is set, and ends it with `end`."""
 
     def __init__(self) -> None:
         self.intervals_ms: list[int] = []
-        self.release = asyncio.Event()
+        self.release, self.end = asyncio.Event(), asyncio.Event()
+        self.end.set()
+        self.ended: list[str] = []  # how
 
     async def stream(self, requests: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
         async for raw in requests:
@@ -27,9 +30,15 @@ class ScriptedTriton:
             names = [tensor.name for tensor in request.inputs]
             (interval_ms,) = struct.unpack("<I", request.raw_input_contents[names.index("min_response_interval_ms")])
             self.intervals_ms.append(interval_ms)
-            yield answer("")
-            await self.release.wait()
-            yield answer("stop")
+            try:
+                yield answer("")
+                await self.release.wait()
+                yield answer("stop")
+                await self.end.wait()
+            except asyncio.CancelledError:
+                self.ended.append("cancelled")
+                raise
+            self.ended.append("whole")
 
 
 def answer(finish_reason: str) -> bytes:
@@ -41,15 +50,21 @@ def answer(finish_reason: str) -> bytes:
     return bytes(message.SerializeToString())
 
 
-async def run(num_streams: int) -> list[int]:
-    """What so many streams ask for that begin one after the other, and then, when they have ended, one more."""
-    triton, server = ScriptedTriton(), grpc.aio.server()
+async def started(triton: ScriptedTriton) -> tuple[grpc.aio.Server, EngineClient]:
+    """On a free port."""
+    server = grpc.aio.server()
     method = grpc.stream_stream_rpc_method_handler(triton.stream)
     service = {"ModelStreamInfer": method}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("inference.GRPCInferenceService", service)])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    engine = EngineClient(f"127.0.0.1:{port}")
+    return server, EngineClient(f"127.0.0.1:{port}")
+
+
+async def run(num_streams: int) -> list[int]:
+    """What so many streams ask for that begin one after the other, and then, when they have ended, one more."""
+    triton = ScriptedTriton()
+    server, engine = await started(triton)
     inputs = {"input_ids": [1], "stream": True}
     streams = [engine.generate(inputs, ("finish_reason",), str(index), 60.0) for index in range(num_streams)]
     for stream in streams:
@@ -71,3 +86,32 @@ def test_the_more_streams_live_the_longer_a_new_one_waits_between_its_responses(
     assert intervals_ms[0] == 0 and max(intervals_ms[:50]) < 20, "few streams: less than a decode step"
     assert 1000 / intervals_ms[99] * 100 < 2600, "a hundred streams: so many responses a second in all"
     assert last == 0
+
+
+def test_a_stream_is_cancelled_before_its_last_response_and_never_behind_it() -> None:
+    """A cancellation that meets the last response leaks the request in this Triton's gRPC front end."""
+
+    async def run() -> list[str]:
+        triton = ScriptedTriton()
+        server, engine = await started(triton)
+        triton.end.clear()
+        left, whole = (
+            engine.generate({"input_ids": [1]}, ("finish_reason",), name, 60.0) for name in ("left", "whole")
+        )
+        await anext(left)
+        await left.aclose()
+        while not triton.ended:
+            await asyncio.sleep(0)
+        triton.release.set()
+        async with aclosing(whole):
+            assert [delta.finish_reason async for delta in whole] == ["", "stop"], "whole without the server's end"
+        assert triton.ended == ["cancelled"]
+        closing = asyncio.create_task(engine.close())
+        for _ in range(200):  # turns of the event loop, in which a cancellation would get there
+            await asyncio.sleep(0)
+        triton.end.set()
+        await closing
+        await server.stop(5)
+        return triton.ended
+
+    assert asyncio.run(run()) == ["cancelled", "whole"]

@@ -254,6 +254,13 @@ def test_a_response_guide_holds_behind_the_reasoning(model: Model, response: Gui
     assert not model.accepts(may, bad)
 
 
+def test_any_character_may_stand_in_a_choice_behind_the_reasoning(model: Model) -> None:
+    for character in map(chr, [*range(0x100), 0x2028, 0xFEFF, 0xFFFF, 0x1F600]):
+        response = Guide("choice", json.dumps([f"a{character}b", "other"]))
+        guide = guide_of(model, tools=[], response_guide=response, starts_in_reasoning=True)
+        assert model.accepts(guide, f"why</think>a{character}b"), hex(ord(character))
+
+
 @pytest.mark.parametrize("tool_format", TOOL_FORMATS)
 def test_with_a_response_format_and_tools_the_answer_is_one_or_the_other(model: Model, tool_format: str) -> None:
     """A call is no answer yet: the format binds the answer that follows the results, so it must not forbid calls."""

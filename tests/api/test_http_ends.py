@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import orjson
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
@@ -20,6 +21,8 @@ from nmoe_backend.api.gate import Gate
 from nmoe_backend.api.http import EventStream
 from nmoe_backend.api.metrics import ApiMetrics
 from nmoe_backend.openai_config import OpenAIConfig
+from tests.api import in_process
+from tests.api.fake_engine import FakeEngine, deltas
 from tests.api.test_engine_client import ScriptedTriton
 from tests.triton_server import free_ports
 
@@ -82,6 +85,80 @@ def test_a_client_that_reads_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> 
     closed, metrics = served(client, monkeypatch)
     assert closed and 'status="200"} 1.0' in metrics
     assert b"".join(message.get("body", b"") for message in client.received).count(b"data:") == 1000
+
+
+@pytest.mark.parametrize("moment", ["at once", "while it works", "as it ends"])
+def test_work_ends_with_its_client_whenever_that_leaves(moment: str) -> None:
+    """And what the task does afterwards is not disturbed."""
+
+    async def run() -> list[str]:
+        left, log = asyncio.Event(), []
+
+        async def receive() -> Message:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def work() -> str:
+            try:
+                if moment == "at once":
+                    left.set()
+                await asyncio.sleep(0.01)
+                left.set()
+                if moment != "as it ends":
+                    await asyncio.Event().wait()
+                return "done"
+            finally:
+                log.append("closed")
+
+        try:
+            log.append(await http.unless_gone(receive, work()))
+        except http.ClientGone:
+            log.append("gone")
+        await asyncio.sleep(0.01)
+        task = asyncio.current_task()
+        assert task is not None and not task.cancelling()
+        return log
+
+    assert asyncio.run(run()) == ["closed", "done" if moment == "as it ends" else "gone"]
+
+
+def test_who_waits_is_cancelled_with_its_work_and_not_told_that_the_client_left() -> None:
+    async def run() -> None:
+        async def receive() -> Message:
+            return await asyncio.Future()
+
+        waiting = asyncio.create_task(http.unless_gone(receive, asyncio.sleep(60)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(run())
+
+
+PROMPTS: dict[str, Any] = {
+    "chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "completions": {"prompt": "x"},
+}
+
+
+@pytest.mark.parametrize("path", PROMPTS)
+def test_the_beginning_and_the_end_of_a_stream_leave_with_its_text(tmp_path: Path, path: str) -> None:
+    service = in_process.make_service(tmp_path)
+    client = Client(reads=100)
+    body = {"model": in_process.MODEL, "stream": True, "stream_options": {"include_usage": True}, **PROMPTS[path]}
+    messages = [{"type": "http.request", "body": orjson.dumps(body), "more_body": False}]
+
+    async def receive() -> Message:
+        return messages.pop() if messages else await asyncio.Future()
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": f"/v1/{path}", "headers": headers, "query_string": b""}
+    asyncio.run(in_process.application(service, FakeEngine(deltas("a", "b", "c")))(scope, receive, client.send))
+    first, second, third, end = (message["body"] for message in client.received[1:])
+    for text, event in (("a", first), ("b", second), ("c", third)):
+        assert f'"{text}"'.encode() in event
+    assert third.endswith(b"data: [DONE]\n\n") and b"total_tokens" in third and end == b""
 
 
 @pytest.mark.parametrize("whole", [True, False])

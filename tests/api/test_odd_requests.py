@@ -200,16 +200,18 @@ def test_what_frameworks_add_to_messages_and_items_changes_nothing(service: Serv
 
 @pytest.mark.parametrize(
     ("params", "path"),
-    zip(
-        (
-            chat_create_params.CompletionCreateParamsBase,
-            completion_create_params.CompletionCreateParamsBase,
-            response_create_params.ResponseCreateParamsBase,
-            embedding_create_params.EmbeddingCreateParams,
-        ),
-        BASES,
-        strict=True,
-    ),
+    [
+        *zip(
+            (
+                chat_create_params.CompletionCreateParamsBase,
+                completion_create_params.CompletionCreateParamsBase,
+                response_create_params.ResponseCreateParamsBase,
+                embedding_create_params.EmbeddingCreateParams,
+            ),
+            BASES,
+            strict=True,
+        )
+    ],
     ids=BASES,
 )
 def test_null_is_as_left_out_in_every_field_of_openai_s(service: Service, params: Any, path: str) -> None:

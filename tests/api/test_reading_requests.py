@@ -8,17 +8,16 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import orjson
 import pytest
-from fastapi.exceptions import RequestValidationError
-from pydantic import TypeAdapter, ValidationError
 
-from nmoe_backend.api import http
+from nmoe_backend.api import bodies
+from nmoe_backend.api.bodies import checked
 from nmoe_backend.api.errors import ApiError, of_engine, renamed
 from nmoe_backend.api.guides import Guide
 from nmoe_backend.api.prompts import Prompts, template_variables
 from nmoe_backend.api.sampling import response_guide, sampling_inputs, seeds
 from nmoe_backend.api.schemas import ChatRequest, CompletionRequest, ResponseFormat, StructuredOutputs
-from nmoe_backend.api.validation import explain
 from nmoe_backend.types import ErrorKind
 from tests.api import in_process
 from tests.api.fake_engine import FakeEngine, deltas
@@ -31,13 +30,12 @@ def chat(**fields: Any) -> ChatRequest:
     return ChatRequest.model_validate({"model": "m", "messages": USER, **fields})
 
 
-def complaint(body: dict[str, Any], model: Any = ChatRequest) -> ApiError:
-    """What the client is told of a body that does not fit, as FastAPI would pass it on."""
-    with pytest.raises(ValidationError) as caught:
-        TypeAdapter(model).validate_python(body)
-    errors = [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()]
-    known = [field.alias or name for name, field in model.model_fields.items()]
-    return explain(RequestValidationError(errors).errors(), known)
+def complaint(body: object, model: Any = ChatRequest, content_type: str = "application/json") -> ApiError:
+    """What the client is told of a body that does not fit; bytes are the body as it is."""
+    raw = body if isinstance(body, bytes) else orjson.dumps(body)
+    with pytest.raises(ApiError) as caught:
+        checked(model, raw, content_type)
+    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -81,15 +79,34 @@ def test_a_complaint_names_the_field_and_what_it_needs(
 
 def test_a_missing_field_a_missing_body_and_broken_json_are_told_apart() -> None:
     assert complaint({"messages": USER}).message == "model: is required. Add it."
-    missing = explain([{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}], ["model"])
-    assert "the body is missing" in missing.message and missing.param is None
-    broken = {
-        "type": "json_invalid",
-        "loc": ("body", 3),
-        "msg": "JSON decode error",
-        "ctx": {"error": "unexpected end"},
-    }
-    assert explain([broken], ["model"]).message == "the body is not valid JSON: unexpected end. Correct it."
+    for body in (b"", None, [], "text"):
+        missing = complaint(body)
+        assert "the body is missing" in missing.message and missing.param is None, body
+    broken = complaint(b'{"model": ')
+    assert broken.message.startswith("the body is not valid JSON: ") and broken.message.endswith(". Correct it.")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "is_json"),
+    [
+        ("application/json", True),
+        ("Application/JSON; charset=utf-8", True),
+        ("application/vnd.api+json", True),
+        ("", False),
+        ("text/plain", False),
+        ("application/jsonlines", False),
+        ("text/x+json", False),
+    ],
+)
+def test_only_what_says_that_it_is_json_is_read_as_json(content_type: str, is_json: bool) -> None:
+    """A page of another origin can send text/plain without asking first."""
+    if is_json:
+        assert checked(ChatRequest, orjson.dumps({"model": "m", "messages": USER}), content_type).model == "m"
+    else:
+        assert (
+            "Content-Type: application/json"
+            in complaint({"model": "m", "messages": USER}, ChatRequest, content_type).message
+        )
 
 
 def rpc_error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
@@ -256,29 +273,48 @@ def test_messages_reach_the_template_as_text(prompts: Prompts) -> None:
     assert asyncio.run(prompts.of_chat(body)).text == f"{bos}be brief{turns}"
 
 
+def posted(tmp_path: Path, messages: list[dict[str, Any]]) -> list[Any]:
+    """What is sent back for a body that arrives as these messages, and then nothing more."""
+    app = in_process.application(in_process.make_service(tmp_path, "max_request_bytes = 1024"), FakeEngine())
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0) if messages else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 10))
+    return sent
+
+
+def piece(body: bytes, more: bool = True) -> dict[str, Any]:
+    """A part of a body."""
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
 def test_a_body_that_never_arrives_is_408_and_ends_the_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "BODY_S", 0.01)
-    app = in_process.application(in_process.make_service(tmp_path), FakeEngine())
-    sent: list[Any] = []
-
-    async def ask() -> None:
-        announced = [{"type": "http.request", "body": b"{", "more_body": True}]
-
-        async def receive() -> Any:
-            return announced.pop() if announced else await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"100")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
-        await app(scope, receive, send)
-
-    asyncio.run(asyncio.wait_for(ask(), 10))
+    monkeypatch.setattr(bodies, "BODY_S", 0.01)
+    sent = posted(tmp_path, [piece(b"{")])
     assert sent[0]["status"] == 408 and (b"connection", b"close") in sent[0]["headers"]
     assert b"did not arrive within 0.01 s" in sent[1]["body"]
+
+
+def test_a_body_without_a_length_is_counted_as_it_arrives(tmp_path: Path) -> None:
+    sent = posted(tmp_path, [piece(b" " * 512)] * 3)  # the rest never comes, and is not waited for
+    assert sent[0]["status"] == 413 and b"at most 1024 bytes" in sent[1]["body"]
+    assert posted(tmp_path, [piece(b" " * 512), piece(b" " * 512, more=False)])[0]["status"] == 400, "it fits"
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_bug_of_ours(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert posted(tmp_path, [piece(b"{"), {"type": "http.disconnect"}])[0]["status"] == 499
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_best_of_picks_by_the_mean_and_not_by_the_sum(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from nmoe_backend.api.app import make_app
@@ -55,7 +56,7 @@ def test_openai_md_lists_every_endpoint() -> None:
         assert f" {path}`" in text, path
 
 
-async def _no_service() -> Service:
+def _no_service() -> AbstractAsyncContextManager[Service]:
     raise AssertionError("the document needs no engine")
 
 
