@@ -88,6 +88,7 @@ def test_limits_health_and_the_page(api: FrontEnd) -> None:
     limits = get_json(api, "/v1/limits")
     assert (limits["model"], limits["max_model_len"], limits["max_queue_size"]) == (MODEL, 1024, 512)
     assert limits["max_running_requests"] == 128, "64 on each of two ranks"
+    assert limits["max_inputs"] == 2048, "test_api_refusals sends one more"
     assert get_json(api, "/health") == {"status": "ok"}
     assert get_json(api, "/ready") == {"status": "ready"}
     paths = get_json(api, "/openapi.json")["paths"]
