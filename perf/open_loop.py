@@ -134,15 +134,14 @@ async def _send_all(address: str, load: Sequence[tuple[float, bytes]]) -> list[A
     """One client process: each request at its time."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(CONNECTIONS)]
-    stop, start_s = asyncio.Event(), time.perf_counter()
+    start_s = time.perf_counter()
 
     async def one(index: int, due_s: float, request: bytes) -> Arrivals:
         await asyncio.sleep(max(0.0, start_s + due_s - time.perf_counter()))
-        return await read_stream(channels[index % len(channels)], request, stop)
+        return await read_stream(channels[index % len(channels)], request)
 
     tasks = [one(index, due_s, request) for index, (due_s, request) in enumerate(load)]
     arrivals = await asyncio.gather(*tasks)
-    stop.set()
     for channel in channels:
         await channel.close()
     return arrivals
