@@ -22,7 +22,7 @@ from typing import get_args
 import numpy as np
 import numpy.typing as npt
 
-from nmoe_backend.types import ErrorKind, GuideType, RequestError
+from nmoe_backend.types import MAX_TOP_LOGPROBS, ErrorKind, GuideType, RequestError
 
 Array = npt.NDArray[np.generic]
 # (tensor's name, one value or, where dims are (-1,), a list of them) -> the field's value, or RequestError
@@ -44,7 +44,6 @@ MAX_BAD_WORDS = 64
 MAX_WORD_LEN = 256  # characters
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
-MAX_TOP_LOGPROBS = 20  # as in the OpenAI API
 MAX_GUIDE_LEN = 2**18  # characters: grammar.py's stack holds what a longer one can nest
 GUIDE_TYPES: tuple[GuideType, ...] = get_args(GuideType)
 

@@ -27,7 +27,8 @@ _EXPERT_PASS_ROWS = 8192  # rows that one pass of the grouped GEMMs takes, whate
 _WINDOW_ROWS, _WINDOW_SLACK = 16384, 2048  # received choices of one pass of the expert GEMMs; a chunk that may overhang
 _PIECE_KEYS = 4096  # keys that prefill expands at once
 _DECODE_SPLITS = ((64, 1024), (0, 4096))  # rows (0: all), keys of a piece
-_LOGIT_COPIES = 3  # raw logits, processed logits, the sampler's sorted copy; fp32
+_LOGIT_COPIES = 3  # raw logits, edited logits, the plain sampler's sorted copy; fp32
+_KERNEL_LOGIT_COPIES = 4  # raw logits, edited logits, candidates' logits and ids; 4 bytes each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,8 +224,12 @@ def activation_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> i
     dense = 3 * dims.intermediate_size
     tokens = tokens_per_step(config) * ((max(attention, dense) + 4 * dims.hidden_size) * compute)
     expert_pass = _EXPERT_PASS_ROWS * (3 * dims.moe_intermediate_size * compute + dims.hidden_size * (compute + 4))
-    logits = config.max_batch_size * dims.vocab_size * 4 * _LOGIT_COPIES
-    sampler = config.max_batch_size * (dims.vocab_size * 5 + (config.max_seq_len + 1) * 4)  # counts, mask, history
+    copies = _KERNEL_LOGIT_COPIES if runs_kernels(config, dims) else _LOGIT_COPIES
+    logits = config.max_batch_size * dims.vocab_size * 4 * copies
+    bits = dims.vocab_size // 2  # four bitmasks: stop ids, bad words, a grammar's, what is left
+    sampler = config.max_batch_size * (
+        dims.vocab_size * 5 + bits + (config.max_seq_len + 1) * 8
+    )  # counts, mask, history
     if runs_kernels(config, dims):
         scratch = _expert_window_bytes(config, dims, world_size) + _attention_scratch_bytes(config, dims)
         return tokens + logits + sampler + scratch

@@ -20,6 +20,8 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 # What a grammar is written in: TensorRT-LLM's names, and two of ours (choice, lark).
 GuideType = Literal["json", "json_schema", "regex", "ebnf_grammar", "choice", "lark"]
 
+MAX_TOP_LOGPROBS = 20  # alternatives of one token, as in the OpenAI API
+
 
 class NmoeError(Exception):
     """Base of every error that this project raises on purpose. The text says got, need, do."""

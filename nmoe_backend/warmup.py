@@ -167,7 +167,7 @@ def _build_worker(
     model: DecoderModel, context: RankContext, limits: EngineLimits, dtype: torch.dtype, buckets: Sequence[int]
 ) -> Worker:
     kv_cache = KVCache(model.spec, limits.num_pages, limits.page_size, dtype, context.device)
-    sampler = build_sampler(model.ops, limits, context.device)
+    sampler = build_sampler(model.ops, limits, context)
     return Worker(model, kv_cache, sampler, limits, context, buckets)
 
 

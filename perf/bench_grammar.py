@@ -29,7 +29,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nmoe_backend.grammar import GrammarCompiler
-from nmoe_backend.kernels.sampling import apply_bitmask
+from nmoe_backend.kernels.sampling import bits_of, restrict
 from nmoe_backend.runtime.grammar_masks import GrammarMasks
 from nmoe_backend.text import Text
 from nmoe_backend.types import Guide, SamplingParams, SlotInit
@@ -221,7 +221,7 @@ def bench_steps(compiler: GrammarCompiler, path: list[int], device: torch.device
             assert filled is not None and not filled.failed
             _synchronize(device)
             began = time.perf_counter()
-            apply_bitmask(logits, filled.words)
+            restrict(logits, bits_of(filled.words, VOCAB_SIZE))
             _synchronize(device)
             applies.append(time.perf_counter() - began)
             ids = [path[slot % (len(path) // 2) + step] for slot in range(count)]

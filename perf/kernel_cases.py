@@ -7,7 +7,7 @@ A Case is made on the GPU when it is its turn and dropped after it; its inputs a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from nmoe_backend.kernels.rms_norm_gpu import rms_norm
 from nmoe_backend.kernels.rope_cache_gpu import Rotation, rope_cache
 from nmoe_backend.kernels.router import router_reference
 from nmoe_backend.kernels.router_gpu import router, router_logits, split_weight
-from nmoe_backend.kernels.sampling_gpu import SampleRows, Workspace, sample
 from nmoe_backend.kernels.swiglu_rows_gpu import swiglu_rows
+from nmoe_backend.runtime.sampler_kernels import KernelSampler
+from nmoe_backend.types import EngineLimits, SamplingParams, SlotInit
 from perf.kernel_peers import PAGE, Peers
 
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -74,8 +75,9 @@ def makers() -> Iterator[tuple[str, Maker]]:
             yield operation, lambda peers, t=tokens, o=operation: _experts(peers, t, o)
         for operation in SMALL:
             yield operation, lambda _, t=tokens, o=operation: SMALL[o](t)
-    for rows in (32, 256):
-        yield "sample", lambda _, r=rows: _sample(r)
+    for operation in SAMPLING:
+        for rows in (1, 32, 64, 256):
+            yield operation, lambda _, o=operation, r=rows: _sample(o, r)
 
 
 def _randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -321,22 +323,34 @@ SMALL: dict[str, Callable[[int], Case]] = {
 }
 
 
-def _sample(rows: int) -> Case:
-    """Half greedy, half temperature 0.8 and top_p 0.95."""
-    logits, workspace = torch.randn(rows, VOCAB, device=DEVICE), Workspace.create(rows, VOCAB, DEVICE)
-    greedy = torch.arange(rows, device=DEVICE) % 2 == 0
-    how = SampleRows(
-        temperature=torch.where(greedy, 0.0, 0.8).double(),
-        top_k=torch.zeros(rows, dtype=torch.int32, device=DEVICE),
-        top_p=torch.where(greedy, 1.0, 0.95).double(),
-        min_p=torch.zeros(rows, dtype=torch.float64, device=DEVICE),
-        seeds=torch.arange(rows, device=DEVICE),
-        positions=torch.full((rows,), 2000, device=DEVICE),
-    )
-    out = torch.empty(rows, dtype=torch.int64, device=DEVICE)
+SAMPLING: dict[str, SamplingParams] = {
+    "sample_greedy": SamplingParams(temperature=0.0),
+    "sample_plain": SamplingParams(),
+    "sample_top_p": SamplingParams(temperature=0.6, top_p=0.95),
+    "sample_everything": SamplingParams(
+        temperature=0.6, top_p=0.95, repetition_penalty=1.1, bad_words_ids=((5,), (6, 7)), num_logprobs=5
+    ),
+}
+
+
+def _sample(operation: str, rows: int) -> Case:
+    """All rows ask for the same; logits fall off as a language model's do."""
+    limits = EngineLimits(
+        num_ranks=1, num_pages=1, page_size=PAGE, max_batch_size=rows, max_prefill_tokens=1, max_seq_len=4096,
+        max_queue_size=1, itl_target_ms=1.0, rank_timeout_s=1.0, eos_token_ids=(), vocab_size=VOCAB,
+    )  # fmt: skip
+    sampler = KernelSampler(limits, torch.device(DEVICE), captures=False)
+    sampling = SAMPLING[operation]
+    for slot in range(rows):
+        sampler.admit(SlotInit(slot=slot, sampling=replace(sampling, seed=slot), prompt_ids=(1, 2, 3)))
+    fall = 2.4 * torch.arange(1, VOCAB + 1, device=DEVICE).log()
+    for row in sampler.logits:
+        row.normal_().mul_(3).sub_(fall[torch.randperm(VOCAB, device=DEVICE)])
+    sampler.sample(sampler.logits, range(rows), [2000] * rows)  # loads the columns and chooses what is launched
+    variant = sampler.variant_of(range(rows))
     return Case(
-        operation="sample",
-        shape=f"{rows} x {VOCAB}, half of them top_p",
-        ours=lambda: sample(logits, how, workspace, out),
+        operation=operation,
+        shape=f"{rows} x {VOCAB}",
+        ours=lambda: sampler.launch(rows, variant),
         num_bytes=4 * rows * VOCAB,
     )

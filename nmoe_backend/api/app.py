@@ -48,8 +48,9 @@ from nmoe_backend.api.schemas import (
     TokenizeRequest,
 )
 from nmoe_backend.api.service import Caller, Service
-from nmoe_backend.contract_inputs import MAX_STOP_WORDS, MAX_TOP_LOGPROBS
+from nmoe_backend.contract_inputs import MAX_STOP_WORDS
 from nmoe_backend.openai_config import OpenAIConfig
+from nmoe_backend.types import MAX_TOP_LOGPROBS
 
 _LOG = logging.getLogger(__name__)
 RunningService = Callable[[], AbstractAsyncContextManager[Service]]

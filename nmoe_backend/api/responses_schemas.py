@@ -23,7 +23,7 @@ from nmoe_backend.api.schemas import (
     RefusalPart,
     TextPart,
 )
-from nmoe_backend.contract_inputs import MAX_TOP_LOGPROBS
+from nmoe_backend.types import MAX_TOP_LOGPROBS
 
 LOGPROBS = "message.output_text.logprobs"
 _STATELESS = "nothing is stored here. Send the whole conversation in input."

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from nmoe_backend.contract_inputs import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, MAX_STOP_WORDS, MAX_TOP_LOGPROBS
+from nmoe_backend.contract_inputs import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, MAX_STOP_WORDS
+from nmoe_backend.types import MAX_TOP_LOGPROBS
 
 
 def _few_keys(value: Any) -> Any:

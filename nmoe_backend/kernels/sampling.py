@@ -5,7 +5,7 @@ Every function works row by row: a row's result depends on that row's inputs onl
 * Randomness. `counter_uniform(seed, position)` is splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
   generators", 2014) in wrapping int64 arithmetic: no state, so the draw for a token does not depend on what else runs,
   on how often a step was repeated, or on the device.
-* Grammars (`apply_bitmask`): what the bitmask does not allow is -inf, and what it allows never is.
+* Grammars and bans (`restrict`): what is not allowed is -inf, and what is allowed never is.
 * Truncation (`keep_mask`), as transformers' warpers and vLLM: top_k keeps everything not below the k-th largest
   (ties stay); top_p keeps the smallest set of what top_k left whose probability reaches p, most likely first, the
   lower id first among equals; min_p keeps what has at least min_p times the largest probability.
@@ -49,15 +49,19 @@ def apply_penalties(
     return result - frequency[:, None] * counts - presence[:, None] * (counts > 0)
 
 
-def apply_bitmask(logits: Tensor, words: Tensor) -> Tensor:
-    """Logits [N, V] where words [N, ceil(V / 32)] int32 allow the token: bit t % 32 of word t // 32; else -inf.
+def bits_of(words: Tensor, vocab_size: int) -> Tensor:
+    """words [N, ceil(V / 32)] int32 -> [N, V] bool: bit t % 32 of word t // 32."""
+    bits = torch.arange(8, dtype=torch.uint8, device=words.device)
+    unpacked = (words.view(torch.uint8)[:, :, None] >> bits) & 1  # bytes of a word in order: little-endian machines
+    return unpacked.view(words.shape[0], -1)[:, :vocab_size].to(torch.bool)
+
+
+def restrict(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Logits [N, V] where allowed [N, V] bool; else -inf.
 
     Allowed ones become finite (a penalty may have overflowed), so that a row's choice is an allowed token.
-    Example: words (0b101,), V = 4, logits (1, 2, -inf, 4) -> (1, -inf, -3.4e38, -inf).
+    Example: allowed (True, False, True, False), logits (1, 2, -inf, 4) -> (1, -inf, -3.4e38, -inf).
     """
-    bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    allowed = (words.view(torch.uint8)[:, :, None] >> bits) & 1  # bytes of a word in order: little-endian machines
-    allowed = allowed.view(words.shape[0], -1)[:, : logits.shape[1]].to(torch.bool)
     return torch.where(allowed, logits.clamp(min=torch.finfo(logits.dtype).min), -torch.inf)
 
 

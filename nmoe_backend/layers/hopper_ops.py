@@ -64,6 +64,7 @@ class HopperOps:
 
     pads_steps = True
     captures = True
+    has_sampler = True
 
     def __init__(self, device: torch.device, num_sms: int) -> None:
         self._device = device

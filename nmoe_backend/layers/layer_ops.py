@@ -61,6 +61,10 @@ class LayerOps(Protocol):
     def captures(self) -> bool:
         """Whether a step of these operations can be captured in a CUDA graph."""
 
+    @property
+    def has_sampler(self) -> bool:
+        """Whether the sampler's kernels belong to it; else tokens are chosen in plain torch."""
+
     def allocate(self, shape: StepShape) -> None:
         """Buffers that live as long as the table; called once, before the first step."""
 

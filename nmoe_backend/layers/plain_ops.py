@@ -46,6 +46,7 @@ class PlainOps:
 
     pads_steps = False
     captures = False
+    has_sampler = False
 
     def __init__(self, ops: Ops) -> None:
         self._ops = ops

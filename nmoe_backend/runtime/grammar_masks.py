@@ -20,7 +20,8 @@ from nmoe_backend.types import Grammar, RequestError, SlotInit, TokenMatcher
 
 @dataclass(frozen=True, slots=True)
 class StepMasks:
-    """rows: those with a grammar; words [len(rows), ceil(V / 32)] int32 on the device, bit 1 = allowed."""
+    """rows: those with a grammar; words [len(rows), ceil(V / 32)] int32 on the device, bit 1 = allowed: the first lines
+    of GrammarMasks.words."""
 
     rows: list[int]
     words: Tensor
@@ -32,8 +33,9 @@ class StepMasks:
 class _Sampled:
     """Tokens that the matchers have not seen yet."""
 
+    rows: list[int]
     matchers: list[TokenMatcher]
-    token_ids: Tensor  # [n] int64, on the host when `done`
+    token_ids: Tensor  # [N] int64 of all rows of that step, on the host when `done`
     done: torch.cuda.Event | None = field(default=None)  # None: they are there
 
 
@@ -45,6 +47,8 @@ class GrammarMasks:
         words = -(-vocab_size // 32)
         self._device = device
         self._bitmask = torch.zeros(max_batch_size, words, dtype=torch.int32, pin_memory=pinned)
+        self._uploads = torch.cuda.Stream(device) if pinned else None
+        self.words = torch.zeros_like(self._bitmask, device=device) if pinned else self._bitmask
         self._token_ids = torch.zeros(max_batch_size, dtype=torch.int64, pin_memory=pinned)
         self._slots: dict[int, tuple[Grammar, TokenMatcher]] = {}
         self._sampled: _Sampled | None = None
@@ -70,22 +74,19 @@ class GrammarMasks:
         errors = ((n, matcher.error()) for n, matcher in zip(rows, matchers, strict=True))
         return StepMasks(
             rows=rows,
-            words=bitmask.to(self._device, non_blocking=True),
+            words=self._upload(len(rows)),
             failed={n: error for n, error in errors if error is not None},
             matchers=matchers,
         )
 
     def record(self, masks: StepMasks, token_ids: Tensor) -> None:
         """token_ids [N] int64: what all rows of the step sampled; starts their way to the host."""
-        chosen = token_ids[torch.tensor(masks.rows, device=self._device)]
-        if self._device.type != "cuda":
-            self._sampled = _Sampled(masks.matchers, chosen)
-            return
-        host = self._token_ids[: len(masks.rows)]
-        host.copy_(chosen, non_blocking=True)
-        done = torch.cuda.Event(blocking=True)  # the thread sleeps: a spinning one would take its core from the others
-        done.record(torch.cuda.current_stream(self._device))
-        self._sampled = _Sampled(masks.matchers, host, done)
+        host, done = self._token_ids[: token_ids.shape[0]], None
+        host.copy_(token_ids, non_blocking=True)
+        if self._device.type == "cuda":
+            done = torch.cuda.Event(blocking=True)  # the thread sleeps: a spinning one would take the others' core
+            done.record(torch.cuda.current_stream(self._device))
+        self._sampled = _Sampled(masks.rows, masks.matchers, host, done)
 
     def _catch_up(self) -> None:
         """Show the matchers what their sequences sampled last. A device that hangs is the engine's to notice."""
@@ -94,5 +95,16 @@ class GrammarMasks:
             return
         if sampled.done is not None:
             sampled.done.synchronize()
-        for matcher, token_id in zip(sampled.matchers, sampled.token_ids.tolist(), strict=True):
-            matcher.advance((token_id,))
+        token_ids = sampled.token_ids.tolist()
+        for row, matcher in zip(sampled.rows, sampled.matchers, strict=True):
+            matcher.advance((token_ids[row],))
+
+    def _upload(self, count: int) -> Tensor:
+        """Lines of the bitmask to the device, on a stream of its own: the forward pass goes on meanwhile, and what is
+        launched from now on waits. Who read the lines last is done: `_catch_up` has waited for it."""
+        words = self.words[:count]
+        if self._uploads is not None:
+            with torch.cuda.stream(self._uploads):
+                words.copy_(self._bitmask[:count], non_blocking=True)
+            torch.cuda.current_stream(self._device).wait_stream(self._uploads)
+        return words

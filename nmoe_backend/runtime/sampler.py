@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from nmoe_backend.layers.layer_ops import LayerOps
+from nmoe_backend.parallel.ranks import RankContext
 from nmoe_backend.runtime.output import LogprobColumns, SampledTokens
 from nmoe_backend.runtime.sampler_plain import PlainSampler
 from nmoe_backend.types import EngineLimits, SlotInit
@@ -47,6 +47,11 @@ class Sampler(Protocol):
         """logits [n, V] fp32 and the token that follows each: its log-probability and the num_top best ones."""
 
 
-def build_sampler(ops: LayerOps, limits: EngineLimits, device: torch.device) -> Sampler:
+def build_sampler(ops: LayerOps, limits: EngineLimits, context: RankContext) -> Sampler:
     """Of the same kind as the rank's table of operations."""
-    return PlainSampler(limits.max_batch_size, limits.vocab_size, limits.max_seq_len, device)
+    if not ops.has_sampler:
+        return PlainSampler(limits, context.device)
+    # Imported here: triton is not there on a machine without a GPU.
+    from nmoe_backend.runtime.sampler_kernels import KernelSampler
+
+    return KernelSampler(limits, context.device, captures=ops.captures and context.has_own_device)

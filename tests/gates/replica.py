@@ -6,10 +6,11 @@ written out here on its own, apart from the loader's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,6 +182,11 @@ class GreedySampler:
     admitted: list[int] = field(default_factory=list)
     logits: None = None  # they may be anywhere
 
+    @classmethod
+    def build(cls, ops: object, limits: EngineLimits, context: RankContext) -> GreedySampler:
+        num_slots = limits.max_batch_size + 1  # with one for padding
+        return cls(torch.zeros(num_slots, dtype=torch.int64, device=context.device))
+
     def admit(self, init: SlotInit) -> None:
         self.admitted.append(init.slot)
 
@@ -249,18 +255,16 @@ class Replica:
         keep_quantized: bool = False,
         buckets: Sequence[int] = (),
         capture: bool = True,
+        make_sampler: Callable[..., Any] | None = None,
     ) -> None:
+        """`make_sampler`: as build_sampler, instead of the greedy one."""
         self.spec = load_spec(source) if isinstance(source, Path) else hf_spec(source)
         self.limits = limits or limits_for(world_size, page_size)
         self.page_size = self.limits.page_size
         self.contexts = RankGroup.create(world_size, [device] * world_size, timeout_s)
-        num_slots = self.limits.max_batch_size + 1  # with one for padding
-        self.samplers = [
-            GreedySampler(torch.zeros(num_slots, dtype=torch.int64, device=context.device)) for context in self.contexts
-        ]
-        self.layer_contexts, self.workers, self.weights = [], [], []
+        self.samplers, self.layer_contexts, self.workers, self.weights = [], [], [], []
         max_tokens = self.limits.max_batch_size + self.limits.max_prefill_tokens
-        for context, sampler in zip(self.contexts, self.samplers, strict=True):
+        for context in self.contexts:
             layer_context = LayerContext.create(
                 context, self.spec, max_tokens, dtype, keep_quantized=keep_quantized, pass_rows=pass_rows
             )
@@ -269,6 +273,8 @@ class Replica:
             cache = KVCache(self.spec, self.limits.num_pages, self.page_size, dtype, context.device)
             self.layer_contexts.append(layer_context)
             self.weights.append(weights)
+            sampler = (make_sampler or GreedySampler.build)(decoder.ops, self.limits, context)
+            self.samplers.append(sampler)
             self.workers.append(Worker(decoder, cache, sampler, self.limits, context, buckets))
         self._threads = ThreadPoolExecutor(world_size)
         if capture:

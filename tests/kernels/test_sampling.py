@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers.generation import logits_process as hf
 
-from nmoe_backend.kernels.sampling import apply_bitmask, counter_uniform, draw_tokens, keep_mask, token_weights
+from nmoe_backend.kernels.sampling import bits_of, counter_uniform, draw_tokens, keep_mask, restrict, token_weights
 from nmoe_backend.runtime.output import SampledTokens
 from nmoe_backend.runtime.sampler_plain import PlainSampler
-from nmoe_backend.types import RequestError, SamplingParams, SlotInit, TokenLogprobs
+from nmoe_backend.types import EngineLimits, RequestError, SamplingParams, SlotInit, TokenLogprobs
+from tests.gates.replica import limits_for
 
 torch.set_num_threads(1)
 
@@ -26,8 +27,12 @@ def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def sampler_limits(num_slots: int, vocab: int) -> EngineLimits:
+    return replace(limits_for(1, 16), max_batch_size=num_slots, max_seq_len=256, vocab_size=vocab)
+
+
 def make_sampler(*params: SamplingParams, prompt=PROMPT, outputs=(), stop=(), vocab=VOCAB) -> PlainSampler:
-    sampler = PlainSampler(len(params), vocab, 256, "cpu")
+    sampler = PlainSampler(sampler_limits(len(params), vocab), "cpu")
     for slot, p in enumerate(params):
         p = p if p.seed is not None else replace(p, seed=0)
         sampler.admit(
@@ -46,7 +51,7 @@ def logprobs_of(out: SampledTokens) -> dict[int, TokenLogprobs]:
 
 def processed(sampler: PlainSampler, logits: torch.Tensor, position: int = len(PROMPT)) -> torch.Tensor:
     """[V] logits of slot 0 as they are drawn from."""
-    return sampler._process(logits, [sampler._slot(0)], [0], [position])[0]
+    return sampler._edit(logits, [sampler._slot(0)], [0], [position])[0]
 
 
 def distribution(params: SamplingParams, logits: torch.Tensor) -> torch.Tensor:
@@ -182,7 +187,7 @@ def test_presence_and_frequency_penalties_count_the_output_only():
 
 def test_penalties_grow_as_tokens_are_sampled():
     logits = torch.tensor([[2.5, 2.0, 0.0]])
-    sampler = PlainSampler(1, 3, 32, "cpu")
+    sampler = PlainSampler(sampler_limits(1, 3), "cpu")
     params = SamplingParams(temperature=0.0, frequency_penalty=1.0, seed=0)
     sampler.admit(SlotInit(slot=0, sampling=params, prompt_ids=(2,)))
     assert [sample_one(sampler, logits, 1 + i) for i in range(6)] == [0, 1, 0, 1, 0, 1]
@@ -371,7 +376,7 @@ def test_prompt_logprobs_of_no_rows_are_empty():
 
 def test_more_alternatives_than_tokens_gives_all_tokens():
     logits = torch.tensor([[0.0, 1.0, 0.0]])
-    sampler = PlainSampler(1, 3, 16, "cpu")
+    sampler = PlainSampler(sampler_limits(1, 3), "cpu")
     sampler.admit(SlotInit(slot=0, sampling=SamplingParams(seed=1, num_logprobs=20), prompt_ids=(0,)))
     out = sampler.sample(logits, [0], [1])
     assert [i for i, _ in logprobs_of(out)[0].top] == [1, 0, 2]
@@ -422,7 +427,7 @@ def test_a_bitmask_keeps_what_is_allowed_finite_and_nothing_else(vocab, rows, se
     logits = random_logits(rows, seed, vocab)
     logits[:, :: data.draw(st.integers(1, 5))] = data.draw(st.sampled_from([-math.inf, 1.5, math.inf]))
     words = torch.randint(-(2**31), 2**31, (rows, -(-vocab // 32)), generator=torch.Generator().manual_seed(seed))
-    got = apply_bitmask(logits, words.to(torch.int32)).tolist()
+    got = restrict(logits, bits_of(words.to(torch.int32), vocab)).tolist()
     for row, numbers in enumerate(words.tolist()):
         for token, value in enumerate(logits[row].tolist()):
             is_allowed = numbers[token // 32] >> (token % 32) & 1
