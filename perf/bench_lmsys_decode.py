@@ -13,7 +13,6 @@ raw        rows / wall time of a step.
 corrected  raw with NVLink put back, for loopback moves the exchange's bytes at HBM speed: what bench_rdep.py measured
            between two GPUs (nvlink.py) or, with --nvlink, each layer's bytes that would leave the GPU at so many GB/s
            less their time in HBM. Projected, as are all figures of eight GPUs.
-idle       share of the profiled steps that lies in gaps of more than 10 us without a kernel or a copy on the GPU.
 breakdown  kernel times of a step, from the profiler (CUPTI), summed by operation.
 """
 
@@ -25,7 +24,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from nmoe_backend.config import ServeConfig
 from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import RankPlan, SamplingParams, SlotInit, StepPlan
 from perf import results
-from perf.device_trace import DeviceTrace, trace
+from perf.device_trace import trace
 from perf.nvlink import nvlink_correction
 
 CONFIG = Path(__file__).parent / "lmsys_decode.toml"
@@ -125,11 +124,14 @@ class Decode:
         return (time.perf_counter() - began) / steps, list(output.token_ids)
 
 
-def breakdown(traced: DeviceTrace, steps: int) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+Table = dict[str, dict[str, float]]  # name -> launches and us of a step
+
+
+def breakdown(traced: Mapping[str, tuple[int, float]], steps: int) -> tuple[Table, Table]:
     """Operation -> launches and microseconds of a step, sampler included; and the same by kernel."""
     operations: dict[str, dict[str, float]] = defaultdict(lambda: {"launches": 0.0, "us": 0.0})
     kernels = {}
-    for name, (count, total_us) in traced.by_name().items():
+    for name, (count, total_us) in traced.items():
         operation = next((found for part, found in OPERATIONS if part in name), "other")
         operations[operation]["launches"] += count / steps
         operations[operation]["us"] += total_us / steps
@@ -193,7 +195,6 @@ def measure(
     }
     if is_goal:
         traced = trace(lambda: decode.run(TRACED_STEPS))
-        result["idle_share"] = traced.idle_share()
         result["operations_us"], result["kernels_us"] = breakdown(traced, TRACED_STEPS)
     return result
 
@@ -258,7 +259,7 @@ def report(result: dict[str, Any]) -> None:
     total = sum(entry["us"] for entry in result["operations_us"].values())
     for name, entry in sorted(result["operations_us"].items(), key=lambda item: -item[1]["us"]):
         print(f"  {name:38s} {entry['launches']:7.0f} launches {entry['us'] / 1e3:8.3f} ms {entry['us'] / total:6.1%}")
-    print(f"  {'sum of kernels':38s} {'':16s} {total / 1e3:8.3f} ms; idle {result['idle_share']:.2%}", flush=True)
+    print(f"  {'sum of kernels':38s} {'':16s} {total / 1e3:8.3f} ms", flush=True)
 
 
 def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from unittest import mock
 
 from nmoe_backend.config import ServeConfig
 
-STAGE = re.compile(r"(?:replica \d+: )?(.+): ([0-9.]+) s$")  # warmup.py's lines
+STAGE = re.compile(r"(?:replica \d+: )?(.+?): ([0-9.]+) s(?:, .*)?")  # warmup.py's lines
 # DeepSeek's head geometry and number of layers in a width that fits eight times on one GPU: what a capture costs the
 # host is its launches, which are the same.
 NARROW = {

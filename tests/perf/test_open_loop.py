@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from nmoe_backend.types import RequestError
-from perf import bench_latency, open_loop, startup
+from perf import bench_latency, open_loop, startup, step_clock
 from perf.bench_streaming import Arrivals
-from perf.device_trace import DeviceTrace
 
 
 def test_poisson_arrivals_have_the_rate_and_the_spread() -> None:
@@ -85,16 +84,21 @@ def test_a_refused_request_ends_the_run() -> None:
         open_loop.run_engine(FakeOrchestrator(RequestError("too long")), open_loop.all_at_once(1, 2, 2, 100))
 
 
-def test_idle_time_is_the_gaps_between_steps_and_not_those_inside() -> None:
-    spans = [("a", 0.0, 10.0), ("b", 12.0, 20.0), ("copy", 15.0, 40.0), ("a", 90.0, 100.0)]
-    traced = DeviceTrace(spans=spans)
-    assert traced.idle_us() == 50.0 and traced.idle_us(1.0) == 52.0 and traced.span_us() == 100.0
-    assert traced.idle_share() == 0.5
-    assert traced.by_name()["a"] == (2, 20.0)
+def test_the_gpu_waits_where_a_step_was_launched_after_the_end_of_the_one_before() -> None:
+    ends, launches = [1.0, 2.0, 3.5, 5.0], [0.0, 0.5, 2.5, 3.4]
+    assert step_clock.idle_share(ends, launches) == 0.5 / 4  # only the third was late, by 0.5 s
+    assert step_clock.idle_share(ends, [0.0, 0.1, 0.2, 0.3]) == 0.0
+    with pytest.raises(ValueError, match="two steps at least"):
+        step_clock.idle_share([1.0], [0.0])
 
 
 def test_stages_are_read_from_the_progress_lines() -> None:
-    lines = ["replica 0: weights on 8 ranks ...", "replica 0: weights on 8 ranks: 12.5 s", "other", "x: 1.0 s\n"]
+    lines = [
+        "replica 0: weights on 8 ranks ...",
+        "replica 0: weights on 8 ranks: 12.5 s, 4 GB/s",
+        "other",
+        "x: 1.0 s\n",
+    ]
     assert startup.stages(lines) == {"weights on 8 ranks": 12.5, "x": 1.0}
 
 
@@ -106,7 +110,7 @@ def test_goal_lines_compare_the_two_paths() -> None:
     args = bench_latency.arguments().parse_args(["--commit", "abc"])
     entries = [
         decode("engine", 4000.0, 40.0),
-        {"part": "idle", "path": "engine", "idle_percent": 1.2, "traced_ms": 1000.0},
+        {"part": "idle", "path": "engine", "idle_percent": 1.2, "steps": 100},
         {"part": "startup", "path": "server", "first_token_s": 31.5},
         decode("server", 3900.0, 41.5),
     ]
