@@ -54,4 +54,4 @@ def build_sampler(ops: LayerOps, limits: EngineLimits, context: RankContext) -> 
     # Imported here: triton is not there on a machine without a GPU.
     from nmoe_backend.runtime.sampler_kernels import KernelSampler
 
-    return KernelSampler(limits, context.device, captures=ops.captures and context.has_own_device)
+    return KernelSampler(limits, context, captures=ops.captures and context.has_own_device)

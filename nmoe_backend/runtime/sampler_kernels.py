@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,15 @@ from nmoe_backend.kernels.sampling_gpu.logprobs import LogprobRows, logprobs
 from nmoe_backend.kernels.sampling_gpu.record import record
 from nmoe_backend.kernels.sampling_gpu.stats import RowStats, raw_stats, row_stats
 from nmoe_backend.kernels.sampling_gpu.truncation import Candidates, draw_truncated
+from nmoe_backend.parallel.ranks import RankContext
 from nmoe_backend.runtime.grammar_masks import GrammarMasks, StepMasks
+from nmoe_backend.runtime.graphs import capture
 from nmoe_backend.runtime.output import LogprobColumns, SampledTokens
 from nmoe_backend.runtime.sampler_slots import NO_TOKEN, SlotNeeds
 from nmoe_backend.types import MAX_TOP_LOGPROBS, EngineLimits, SlotInit
 
 _SLOTS, _POSITIONS, _MASK_ROWS, _NUM_COLUMNS = range(4)
+_NOT_ADMITTED = -1  # instead of a slot's variant
 _STAGES = 2  # pinned buffers: the copy of the last step may still run while the next is written
 
 
@@ -52,17 +56,17 @@ class _Stage:
 class KernelSampler:
     """See the module and sampler.py."""
 
-    def __init__(self, limits: EngineLimits, device: torch.device, *, captures: bool) -> None:
-        """`captures`: whether steps may be graphs, which want a GPU that no other rank is on."""
-        size, vocab_size = limits.max_batch_size, limits.vocab_size
-        self._device, self._vocab_size, self._captures = device, vocab_size, captures
+    def __init__(self, limits: EngineLimits, context: RankContext, *, captures: bool) -> None:
+        """`captures`: whether steps are graphs, which want a GPU that no other rank is on."""
+        size, vocab_size, device = limits.max_batch_size, limits.vocab_size, context.device
+        self._context, self._device, self._vocab_size, self._captures = context, device, vocab_size, captures
         self._pinned = device.type == "cuda"
         self._buckets = _buckets(size)
         # What the host knows of the slots.
         self._rows = np.zeros((size, table.NUM_COLUMNS.value), dtype=np.int64)
         self._rows_changed = False
-        self._variants = np.zeros(size, dtype=np.int64)
-        self._lists: list[tuple[Tensor, ...]] = [()] * size  # keeps alive what a slot's row points to
+        self._variants = np.full(size, _NOT_ADMITTED)
+        self._lists: list[list[Tensor]] = [[] for _ in range(size)]  # keeps alive what a slot's row points to
         self._grammars = GrammarMasks(size, vocab_size, device)
         self._stages = [
             _Stage(self._host_zeros(_NUM_COLUMNS, size), self._host_zeros(*self._rows.shape)) for _ in range(_STAGES)
@@ -83,6 +87,7 @@ class KernelSampler:
 
     def admit(self, init: SlotInit) -> None:
         self._grammars.admit(init)
+        self._variants[init.slot] = _NOT_ADMITTED
         if init.embed:
             return
         slot, needs = init.slot, SlotNeeds.of(init, self._vocab_size)
@@ -93,18 +98,14 @@ class KernelSampler:
         self._variants[slot] = Variant.FULL if has_more else Variant.TRUNCATED if needs.is_truncated else Variant.PLAIN
 
     def capture(self, progress: Callable[[str], None]) -> None:
-        """A graph for each variant and bucket, behind a run over padding that compiles what it needs."""
+        """A graph for each variant and bucket, behind a run over padding that compiles what it needs. They allocate
+        nothing, so they have no memory to share."""
         self._load((), (), None)
         for bucket in reversed(self._buckets):
             for variant in Variant:
                 self.launch(bucket, variant)
                 if self._captures:
-                    graph = torch.cuda.CUDAGraph()
-                    # Other ranks' threads allocate and copy meanwhile. Nothing is allocated here, so no pool is shared.
-                    graph.capture_begin(capture_error_mode="thread_local")
-                    self.launch(bucket, variant)
-                    graph.capture_end()
-                    self._graphs[bucket, variant] = graph
+                    self._graphs[bucket, variant], _ = capture(self._context, partial(self.launch, bucket, variant))
         if self._captures:
             progress(f"sampler graphs of {', '.join(map(str, self._buckets))} rows")
 
@@ -138,7 +139,9 @@ class KernelSampler:
 
     def variant_of(self, slots: Sequence[int]) -> Variant:
         """What a step of these slots needs, grammars aside."""
-        return Variant(int(self._variants[list(slots)].max()))
+        variants = self._variants[list(slots)]
+        assert variants.min() != _NOT_ADMITTED, f"one of the slots {slots} is sampled before it was admitted"
+        return Variant(int(variants.max()))
 
     def launch(self, num_rows: int, variant: Variant) -> None:
         """Kernels only, whatever the columns hold."""
@@ -213,7 +216,7 @@ class KernelSampler:
     def _fill_tables(self, init: SlotInit, needs: SlotNeeds) -> int:
         """What is too large for a slot's row, where the sequence needs it; -> the bits of EDITS."""
         slot, tables, row, edits = init.slot, self._tables, self._rows[init.slot], 0
-        bias, phrases = needs.sampling.logit_bias, needs.phrases
+        bias, phrases, lists = needs.sampling.logit_bias, needs.phrases, []
         outputs = self._upload(init.output_ids, torch.int32) if needs.has_penalties or phrases else None
         if needs.has_penalties and outputs is not None:
             edits |= table.HAS_PENALTIES.value
@@ -223,6 +226,9 @@ class KernelSampler:
             edits |= table.HAS_PHRASES.value
             begin = len(init.prompt_ids)
             tables.history[slot].fill_(NO_TOKEN)[begin : begin + len(outputs)] = outputs
+            lists.append(self._upload(phrases, torch.int32))
+            row[table.PHRASES.value] = lists[-1].data_ptr()
+            row[table.NUM_PHRASES.value], row[table.PHRASE_LEN.value] = lists[-1].shape
         if needs.stop_ids:
             edits |= table.HAS_STOPS.value
             tables.unstopped[slot] = self._upload_words(needs.stop_ids)
@@ -231,11 +237,9 @@ class KernelSampler:
             tables.unbanned[slot] = self._upload_words(needs.banned_ids)
         if bias:
             edits |= table.HAS_BIAS.value
-        values = np.fromiter(bias.values(), dtype=np.float32, count=len(bias)).view(np.int32)
-        lists = (self._upload([*bias, *values], torch.int32), self._upload(phrases, torch.int32))
-        row[table.BIAS.value], row[table.NUM_BIAS.value] = lists[0].data_ptr(), len(bias)
-        row[table.PHRASES.value], row[table.NUM_PHRASES.value] = lists[1].data_ptr(), len(phrases)
-        row[table.PHRASE_LEN.value] = len(phrases[0]) if phrases else 0
+            values = np.fromiter(bias.values(), dtype=np.float32, count=len(bias)).view(np.int32)
+            lists.append(self._upload([*bias, *values], torch.int32))
+            row[table.BIAS.value], row[table.NUM_BIAS.value] = lists[-1].data_ptr(), len(bias)
         self._lists[slot] = lists
         return edits
 

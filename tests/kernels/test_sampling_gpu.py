@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nmoe_backend.parallel.ranks import RankGroup
 from nmoe_backend.runtime.output import LogprobColumns, StepOutput, StepResult
 from nmoe_backend.runtime.sampler_plain import PlainSampler
 from nmoe_backend.types import EngineLimits, RankOutput, SamplingParams, SlotInit
@@ -115,12 +116,14 @@ def make_kernels():
     """Kernel samplers, on a stream of their own, as a rank's is."""
     from nmoe_backend.runtime.sampler_kernels import KernelSampler
 
+    context = RankGroup.create(1, [DEVICE], 60.0)[0]
+
     def make(vocab: int, *, captures: bool = False) -> KernelSampler:
-        sampler = KernelSampler(limits(vocab), DEVICE, captures=captures)
+        sampler = KernelSampler(limits(vocab), context, captures=captures)
         sampler.capture(lambda line: None)
         return sampler
 
-    with torch.cuda.stream(None if IS_INTERPRETED else torch.cuda.Stream(DEVICE)), torch.inference_mode():
+    with context.activate():
         yield make
 
 
