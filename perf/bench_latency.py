@@ -9,8 +9,8 @@ for. The default TOML is that of P1 (one rank of eight in loopback, random weigh
 tokenizer of 129,280 ids.
 
 decode   --streams requests at once, --prompt tokens in, --tokens out. Rate and gaps count while all of them run. P4 is
-         the server's rate over the engine's; what it adds to a token is the difference of the median gaps. P7 is
-         the share of as many tokens' time in which the GPU waits for the host between steps (perf/step_clock.py).
+         the server's rate over the engine's; what it adds to a token is the difference of the median gaps. P7_engine
+         is the share of as many tokens' time in which the GPU waits for the host between steps (perf/step_clock.py).
          Contexts are short: a step is shorter than P1's, so that the server has less time for each token.
 load     Poisson arrivals at each of --rates requests/s for --seconds, --load-prompt tokens in, --load-tokens out: time
          to the first token and gaps between chunks, p50, p95 and p99.
@@ -166,7 +166,7 @@ replica_id = 0
 
 
 def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """P4, P6 and P7, where they were measured."""
+    """P4, P6 and the engine's part of P7, where they were measured."""
     lines = {}
     where = f"perf/bench_latency.py, {args.config.name}"
     found = {(one["part"], one.get("path", "")): one for one in entries}
@@ -189,7 +189,7 @@ def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> d
     if ("idle", "engine") in found:
         idle = found["idle", "engine"]
         method = f"{where}: {args.streams} streams through the engine, {idle['steps']} steps, upper bound"
-        lines["P7"] = results.goal_line(idle["idle_percent"], "% idle", "<= 3", args, method=method)
+        lines["P7_engine"] = results.goal_line(idle["idle_percent"], "% idle", "<= 3", args, method=method)
     return lines
 
 

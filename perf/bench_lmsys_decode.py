@@ -13,6 +13,7 @@ raw        rows / wall time of a step.
 corrected  raw with NVLink put back, for loopback moves the exchange's bytes at HBM speed: what bench_rdep.py measured
            between two GPUs (nvlink.py) or, with --nvlink, each layer's bytes that would leave the GPU at so many GB/s
            less their time in HBM. Projected, as are all figures of eight GPUs.
+idle       share of the time in which the GPU waits for the host between steps, an upper bound (step_clock.py).
 breakdown  kernel times of a step, from the profiler (CUPTI), summed by operation.
 """
 
@@ -38,6 +39,7 @@ from nmoe_backend.types import RankPlan, SamplingParams, SlotInit, StepPlan
 from perf import results
 from perf.device_trace import trace
 from perf.nvlink import nvlink_correction
+from perf.step_clock import clocked_workers
 
 CONFIG = Path(__file__).parent / "lmsys_decode.toml"
 LONG_CONTEXTS = {"max_batch_size": 64, "max_seq_len": 131200, "num_pages": 8256}
@@ -175,7 +177,8 @@ def measure(
     start = context - steps // 2 - WARM_STEPS
     decode = Decode(worker, config, rows, start, start + WARM_STEPS + steps + TRACED_STEPS)
     decode.run(WARM_STEPS)
-    step_s, tokens = decode.run(steps)
+    with clocked_workers() as clock:
+        step_s, tokens = decode.run(steps)
     visited, moved = exchange_bytes(worker, rows)
     if args.nvlink is None:
         layer_s = nvlink_correction(rows)
@@ -192,6 +195,7 @@ def measure(
         "ranks_a_token_visits": visited,
         "exchange_bytes_a_layer": moved,
         "distinct_tokens": len(set(tokens)),
+        "idle_share": clock.idle_share(),
     }
     if is_goal:
         traced = trace(lambda: decode.run(TRACED_STEPS))
@@ -259,7 +263,7 @@ def report(result: dict[str, Any]) -> None:
     total = sum(entry["us"] for entry in result["operations_us"].values())
     for name, entry in sorted(result["operations_us"].items(), key=lambda item: -item[1]["us"]):
         print(f"  {name:38s} {entry['launches']:7.0f} launches {entry['us'] / 1e3:8.3f} ms {entry['us'] / total:6.1%}")
-    print(f"  {'sum of kernels':38s} {'':16s} {total / 1e3:8.3f} ms", flush=True)
+    print(f"  {'sum of kernels':38s} {'':16s} {total / 1e3:8.3f} ms; idle {result['idle_share']:.2%}", flush=True)
 
 
 def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:

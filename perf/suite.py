@@ -45,7 +45,7 @@ class Benchmark:
 SUITES: Mapping[str, tuple[Benchmark, ...]] = {
     "quick": (
         Benchmark(name="lmsys_decode", goals=("P1", "P2")),
-        Benchmark(name="latency", arguments=("--parts", "decode"), goals=("P4", "P6", "P7")),
+        Benchmark(name="latency", arguments=("--parts", "decode"), goals=("P4", "P6", "P7_engine")),
     ),
     "full": (
         Benchmark(name="rdep", goals=("P5",), num_gpus=2),
@@ -54,7 +54,7 @@ SUITES: Mapping[str, tuple[Benchmark, ...]] = {
             name="lmsys_decode", arguments=("--parts", "goals", "batch", "context", "skew"), goals=("P1", "P2")
         ),
         Benchmark(
-            name="latency", arguments=("--parts", "decode", "load", "cold", "capture"), goals=("P4", "P6", "P7")
+            name="latency", arguments=("--parts", "decode", "load", "cold", "capture"), goals=("P4", "P6", "P7_engine")
         ),
         Benchmark(name="load", goals=("load_one_rank", "load_eight_ranks")),
         Benchmark(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +65,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[FakeWorker]:
 
     monkeypatch.setattr(bench, "built", built)
     monkeypatch.setattr(bench, "trace", lambda work: (work(), {"nvjet_x": (1, 8.0)})[1])
+    monkeypatch.setattr(bench, "clocked_workers", lambda: nullcontext(SimpleNamespace(idle_share=lambda: 0.01)))
     monkeypatch.setattr(results, "require_gpu", lambda count=1: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2e9)
     return made

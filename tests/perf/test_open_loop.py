@@ -115,6 +115,6 @@ def test_goal_lines_compare_the_two_paths() -> None:
         decode("server", 3900.0, 41.5),
     ]
     lines = bench_latency.goal_lines(entries, args)
-    assert {name: line["value"] for name, line in lines.items()} == {"P4": 97.5, "P6": 31.5, "P7": 1.2}
+    assert {name: line["value"] for name, line in lines.items()} == {"P4": 97.5, "P6": 31.5, "P7_engine": 1.2}
     assert "+1.50 ms" in lines["P4"]["method"]
-    assert set(bench_latency.goal_lines(entries[:2], args)) == {"P7"}
+    assert set(bench_latency.goal_lines(entries[:2], args)) == {"P7_engine"}
