@@ -28,7 +28,7 @@ Manifest = dict[str, Any]
 def render(overlay: str) -> list[Manifest]:
     """What `kubectl apply -k` would send, without warnings."""
     kubectl = shutil.which("kubectl")
-    assert kubectl is not None, "kubectl is not installed. Run: apt-get install kubernetes-client"
+    assert kubectl is not None, "kubectl is not installed. scripts/test --all says where it comes from."
     command = [kubectl, "kustomize", str(KUBERNETES / "overlays" / overlay)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and not done.stderr, (

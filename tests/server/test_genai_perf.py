@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server import perf_analyzer
+from perf import perf_analyzer
 from tests.triton_server import TritonServer
 
 TOOLS = Path(__file__).resolve().parents[2] / ".venv-tools" / "bin"
@@ -30,8 +30,8 @@ def test_genai_perf_measures_what_the_server_sent(
         "--output-tokens-mean", "8", "--output-tokens-mean-deterministic",
         "--concurrency", "2", "--request-count", "12", "--artifact-dir", str(tmp_path / "artifacts"),
     ]  # fmt: skip
-    environment = perf_analyzer.environment(triton, tmp_path, TOOLS)
-    environment |= {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    environment = perf_analyzer.environment(triton.config.torch_extensions_dir)
+    environment |= {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": f"{TOOLS}:{environment['PATH']}"}
     before = triton.metric("nmoe_generation_tokens_total")
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import csv
 import json
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from nmoe_backend.server_process import group_members
+from perf import perf_analyzer
 from perf.scripted import ROOT, benchmark_table, write_repository
-from tests.server import perf_analyzer
 from tests.server.client import Answer, Stream
 from tests.triton_server import TritonServer, write_config
 
@@ -142,25 +143,38 @@ def test_unloading_and_loading_leaves_no_memory_behind(config_path: Path) -> Non
         assert resident[3] - resident[1] < 8_000  # of the server itself; the engine lived in processes that have ended
 
 
+def analyze(triton: TritonServer, folder: Path, model: str, *options: str) -> list[list[int]]:
+    """perf_analyzer over six of the committed requests: of each concurrency, the tokens that each request brought."""
+    asked = json.loads(perf_analyzer.INPUT.read_text())["data"][:6]
+    (folder / "input.json").write_text(json.dumps({"data": asked}))
+    command = [
+        sys.executable, "-m", "perf.perf_analyzer", "-m", model, "-u", triton.grpc, "-i", "grpc", "--streaming",
+        "--async", "--input-data", str(folder / "input.json"), "--profile-export-file", str(folder / "all.json"),
+        *options,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    experiments = json.loads((folder / "all.json").read_text())["experiments"]
+    found = [
+        [sum(int(response["num_output_tokens"]) for response in one["response_outputs"]) for one in each["requests"]]
+        for each in experiments
+    ]
+    assert {length for lengths in found for length in lengths} == {one["max_tokens"][0] for one in asked}
+    return found
+
+
 @pytest.mark.parametrize("model", ["deepseek_v3", "ensemble"])
 def test_perf_analyzer_runs_unmodified(triton: TritonServer, tmp_path: Path, model: str) -> None:
-    data = {
-        "text_input": ["hello world"],
-        "max_tokens": [8],
-        "stream": [True],
-        "min_length": [8],
-        "bad_words": {"content": [""], "shape": [1]},
-    }
-    (tmp_path / "input.json").write_text(json.dumps({"data": [data]}))
-    command = [
-        str(perf_analyzer.FOLDER / "perf_analyzer"), "-m", model, "-u", triton.grpc, "-i", "grpc", "--streaming",
-        "--async", "--input-data", str(tmp_path / "input.json"), "--concurrency-range", "4", "--request-count", "24",
-        "--profile-export-file", str(tmp_path / "profile.json"),
-    ]  # fmt: skip
-    environment = perf_analyzer.environment(triton, tmp_path)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    requests = json.loads((tmp_path / "profile.json").read_text())["experiments"][0]["requests"]
-    assert len(requests) >= 24
-    responses = list(itertools.chain.from_iterable(one["response_outputs"] for one in requests))
-    assert sum(int(response["num_output_tokens"]) for response in responses) == 8 * len(requests)
+    (lengths,) = analyze(triton, tmp_path, model, "--concurrency-range", "4", "--request-count", "24")
+    assert len(lengths) >= 24
+
+
+@pytest.mark.slow
+def test_perf_analyzer_sweeps_concurrencies(triton: TritonServer, tmp_path: Path) -> None:
+    table = tmp_path / "sweep.csv"
+    swept = analyze(
+        triton, tmp_path, "deepseek_v3", "--concurrency-range", "1:5:4", "--measurement-mode", "count_windows",
+        "--measurement-request-count", "12", "--stability-percentage", "999", "-f", str(table),
+    )  # fmt: skip
+    assert all(len(lengths) >= 12 for lengths in swept)
+    assert [row["Concurrency"] for row in csv.DictReader(table.read_text().splitlines())] == ["1", "5"]

@@ -144,6 +144,16 @@ def test_all_needs_the_programs_of_the_slow_tests(machine: Path) -> None:
     assert "Run: apt-get install curl git" in result.stderr
 
 
+@pytest.mark.parametrize("answer", ["exit 127", "echo 'Client Version: v1.20.2'", "echo 'Kustomize Version: v4.5.7'"])
+def test_all_needs_a_kubectl_that_renders_our_manifests(machine: Path, answer: str) -> None:
+    for name in ("curl", "git", "chromium", "prometheus", "haproxy"):
+        install(machine, name, "exit 0")
+    install(machine, "kubectl", answer)
+    result = run(machine, str(ROOT / "scripts" / "test"), "--all")
+    assert result.returncode == 1
+    assert "need kubectl 1.27 or newer" in result.stderr and "pkgs.k8s.io" in result.stderr
+
+
 def test_ci_runs_what_a_person_runs() -> None:
     assert 'scripts/test" "$@"' in (ROOT / ".ci" / "run").read_text()
     for name in ("scripts/serve", "scripts/test", "scripts/_setup", ".ci/run"):
