@@ -19,7 +19,7 @@ from nmoe_backend.doctor_host import port_is_free
 from nmoe_backend.server_process import ChildProcess, progress_of
 from nmoe_backend.supervisor_config import SupervisorConfig
 
-HEARTBEAT_LIMIT_S = 4.0  # with two polls a second, a dead engine's server is gone within 5 s
+HEARTBEAT_LIMIT_S = 3.5  # with two polls a second, a dead engine's server is gone well within 5 s
 _HEARTBEAT_POLL_S = 0.5
 _PORTS_S = 15.0  # for the ports of a child that was killed
 STOP_SLACK_S = 15.0  # beyond drain_s, for a child whose requests have ended

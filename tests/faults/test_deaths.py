@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from tests.faults.faulty_engine import CUDA_ERROR
-from tests.faults.serve import Serve, wait_until
+from tests.faults.serve import Outcome, Serve, wait_until
 
-WITHIN_S = 5.0
-KILL_S = 1.0  # of a process group on a machine that is busy with other tests
+WITHIN_S = 5.0  # every live request ends, whatever died
 
 
 def break_it(serve: Serve, fault: Callable[[], None]) -> list[str]:
@@ -21,15 +20,21 @@ def break_it(serve: Serve, fault: Callable[[], None]) -> list[str]:
         fault()
         broken_s = time.monotonic()
         outcomes = [future.result(timeout=30) for future in futures]
-    for outcome in outcomes:
-        assert outcome.is_right and outcome.error and outcome.num_pieces > 0, outcome
-        assert outcome.ended_s - broken_s < WITHIN_S + KILL_S, outcome
+    assert_ended(outcomes, broken_s)
+    assert all(outcome.num_pieces > 0 for outcome in outcomes)
     serve.wait_for("tritonserver is ready again")
     after = serve.children()
     assert after["front end"] == before["front end"] and after["triton"] != before["triton"]
     serve.assert_serves()
     wait_until(lambda: serve.open_files() == open_files, "nothing of the dead child is held open")
     return [outcome.error for outcome in outcomes]
+
+
+def assert_ended(outcomes: Sequence[Outcome], broken_s: float) -> None:
+    """With an error, no wrong token before it, and in time."""
+    for outcome in outcomes:
+        assert outcome.is_right and outcome.error, outcome
+        assert outcome.ended_s - broken_s < WITHIN_S, outcome
 
 
 def test_a_rank_that_raises(serve: Serve) -> None:
@@ -59,23 +64,25 @@ def test_a_tritonserver_that_is_killed(serve: Serve) -> None:
 @pytest.mark.slow
 def test_both_children_killed_at_once_are_both_restarted(serve: Serve) -> None:
     with serve.live(8, max_tokens=3000) as futures:
-        before = serve.children()
+        before, broken_s = serve.children(), time.monotonic()
         for pid in before.values():
             serve.kill(pid)
         outcomes = [future.result(timeout=30) for future in futures]
-    assert all(outcome.is_right and outcome.error for outcome in outcomes)
-    wait_until(lambda: len(serve.children()) == 2 and not set(serve.children().values()) & set(before.values()), "both")
-    wait_until(lambda: serve.status("openai_port", "/ready") == 200, "ready again")
+    assert_ended(outcomes, broken_s)
+    for _ in before:
+        serve.wait_for("(tritonserver|the OpenAI front end) is ready again")
+    assert not {*serve.children().values()} & {*before.values()}
+    wait_until(lambda: serve.status("openai_port", "/ready") == 200, "the front end sees Triton")
     serve.assert_serves()
 
 
 def test_only_the_front_end_is_restarted_when_it_is_killed(serve: Serve) -> None:
     with serve.live(8, max_tokens=300) as futures:
-        before = serve.children()
+        before, broken_s = serve.children(), time.monotonic()
         serve.kill(before["front end"])
         outcomes = [future.result(timeout=30) for future in futures]
-    assert all(outcome.is_right for outcome in outcomes)
-    assert [bool(outcome.error) for outcome in outcomes] == [False, True] * 4  # Triton's own streams go on
+    assert_ended(outcomes[1::2], broken_s)
+    assert all(outcome.is_right and not outcome.error for outcome in outcomes[::2])  # Triton's own streams go on
     serve.wait_for("the OpenAI front end is ready again")
     after = serve.children()
     assert after["front end"] != before["front end"] and after["triton"] == before["triton"]

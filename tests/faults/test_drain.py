@@ -14,6 +14,8 @@ import pytest
 from perf.scripted import ROOT
 from tests.faults.serve import LIMIT_S, Serve, wait_until
 
+AT_ONCE_S = 2.0  # `nmoe drain` is a Python that starts
+
 
 @pytest.mark.parametrize("how", ["SIGTERM", pytest.param("nmoe drain", marks=pytest.mark.slow)])
 def test_a_drain_during_prefill_lets_it_finish(model_path: Path, tmp_path: Path, how: str) -> None:
@@ -28,8 +30,8 @@ def test_a_drain_during_prefill_lets_it_finish(model_path: Path, tmp_path: Path,
         else:
             command = [sys.executable, "-m", "nmoe_backend", "drain", "--http-port", str(serve.ports["http_port"])]
             drain = pool.submit(subprocess.run, command, cwd=ROOT, timeout=LIMIT_S, check=False)
-        wait_until(lambda: serve.status("http_port", "/v2/health/ready") != 200, "Triton is not ready")
-        wait_until(lambda: serve.status("openai_port", "/ready") != 200, "the front end is not ready")
+        wait_until(lambda: serve.status("http_port", "/v2/health/ready") != 200, "Triton is not ready", AT_ONCE_S)
+        wait_until(lambda: serve.status("openai_port", "/ready") != 200, "the front end is not ready", AT_ONCE_S)
         assert not any(ask.done() for ask in asks)
         for ask in asks:
             outcome = ask.result(timeout=LIMIT_S)
