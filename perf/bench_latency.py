@@ -130,7 +130,6 @@ def line_of(one: dict[str, Any]) -> str:
 
 def start_parts(config_path: Path, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """cold and capture, as asked for."""
-    config = ServeConfig.from_toml(config_path)
     entries: list[dict[str, Any]] = []
 
     def add(part: str, found: dict[str, Any]) -> None:
@@ -140,13 +139,13 @@ def start_parts(config_path: Path, args: argparse.Namespace, folder: Path) -> li
     if "cold" in args.parts:
         cache = folder / "kernel_cache"
         for kernels in ("cold", "warm"):
-            add("cold", {"kernels": kernels} | in_process(startup.start_engine, config, cache))
+            add("cold", {"kernels": kernels} | in_process(startup.start_engine, config_path, cache))
     if "capture" in args.parts:
-        narrow = startup.write_narrow_model(folder / "narrow", config.model_path)
+        narrow = startup.write_narrow_model(folder / "narrow", ServeConfig.from_toml(config_path).model_path)
         for name, table in {"1": "gpus = [0]\nloopback_ranks = 8", "8": "gpus = [0, 0, 0, 0, 0, 0, 0, 0]"}.items():
             toml = folder / f"capture-{name}.toml"
             toml.write_text(CAPTURE_TOML.format(model=narrow, replica=table))
-            add("capture", in_process(startup.capture, ServeConfig.from_toml(toml)))
+            add("capture", in_process(startup.capture, toml))
     return entries
 
 
@@ -220,9 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def add(more: Sequence[dict[str, Any]]) -> None:
         entries.extend(more)
         goals = goal_lines(entries, args)
-        results.write(
-            results.document("latency", args, method=__doc__ or "", results=entries, goals=goals), args.output
-        )
+        results.write(results.document("latency", args, method=__doc__ or "", results=entries, goals=goals), args)
 
     with tempfile.TemporaryDirectory(prefix="nmoe-bench-") as name:
         config_path = args.config

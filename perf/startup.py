@@ -35,7 +35,7 @@ def stages(lines: list[str]) -> dict[str, float]:
     return {match[1]: float(match[2]) for match in found if match is not None}
 
 
-def start_engine(config: ServeConfig, kernel_cache: Path | None) -> dict[str, Any]:
+def start_engine(config_path: Path, kernel_cache: Path | None) -> dict[str, Any]:
     """Seconds of warmup.start, in all and by stage. `kernel_cache`: where compiled kernels are kept instead."""
     if kernel_cache is not None:
         os.environ["TRITON_CACHE_DIR"] = str(kernel_cache)
@@ -44,7 +44,7 @@ def start_engine(config: ServeConfig, kernel_cache: Path | None) -> dict[str, An
     from nmoe_backend import warmup
 
     imported_s = time.monotonic() - began
-    warmup.start(config, lines.append).close()
+    warmup.start(ServeConfig.from_toml(config_path), lines.append).close()
     return {"total_s": round(time.monotonic() - began, 2), "import_s": round(imported_s, 2), "stages_s": stages(lines)}
 
 
@@ -56,7 +56,7 @@ def write_narrow_model(folder: Path, source: Path) -> Path:
     return folder
 
 
-def capture(config: ServeConfig) -> dict[str, Any]:
+def capture(config_path: Path) -> dict[str, Any]:
     """Seconds in which all ranks of a replica capture their graphs, each from its own thread.
 
     Virtual ranks capture nothing in service, because their graphs could not run: a kernel that spins on a peer would
@@ -66,6 +66,7 @@ def capture(config: ServeConfig) -> dict[str, Any]:
     from nmoe_backend.parallel.ranks import RankContext
 
     lines: list[str] = []
+    config = ServeConfig.from_toml(config_path)
     spec = models.load_spec(config.model_path)
     with mock.patch.object(RankContext, "has_own_device", True):
         workers, _ = warmup.build_workers(config, config.replicas[0], spec, lines.append)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nmoe_backend.config import ServeConfig
 from nmoe_backend.types import RequestError
 from perf import bench_latency, open_loop, startup, step_clock
 from perf.bench_streaming import Arrivals
@@ -118,3 +122,35 @@ def test_goal_lines_compare_the_two_paths() -> None:
     assert {name: line["value"] for name, line in lines.items()} == {"P4": 97.5, "P6": 31.5, "P7_engine": 1.2}
     assert "+1.50 ms" in lines["P4"]["method"]
     assert set(bench_latency.goal_lines(entries[:2], args)) == {"P7_engine"}
+
+
+def test_the_engines_session_and_the_servers_make_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions: list[tuple[Path, str]] = []
+
+    def session(path: str, entries: list[dict[str, Any]]) -> Callable[..., list[dict[str, Any]]]:
+        return lambda config_path, args: sessions.append((config_path, path)) or entries
+
+    start = {"part": "startup", "path": "server", "first_token_s": 31.5}
+    monkeypatch.setattr(bench_latency, "in_process", lambda work, *args: work(*args))
+    monkeypatch.setattr(bench_latency, "engine_session", session("engine", [decode("engine", 4000.0, 40.0)]))
+    monkeypatch.setattr(bench_latency, "server_session", session("server", [start, decode("server", 3960.0, 40.5)]))
+    monkeypatch.setattr(bench_latency.results, "require_gpu", lambda count=1: None)
+    assert bench_latency.main(["--commit", "abc", "--output", str(tmp_path / "latency.json")]) == 0
+    made = json.loads((tmp_path / "latency.json").read_text())
+    assert [path for _, path in sessions] == ["engine", "server"] and sessions[0][0] == sessions[1][0]
+    assert made["goals"]["P4"]["value"] == 99.0 and made["goals"]["P6"]["value"] == 31.5
+    assert len(made["results"]) == 3
+
+
+def test_the_default_toml_gets_the_model_folder_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ServeConfig] = []
+    monkeypatch.setattr(bench_latency, "in_process", lambda work, *args: work(*args))
+    load = lambda path, *_: seen.append(ServeConfig.from_toml(path)) or {}  # noqa: E731
+    monkeypatch.setattr(bench_latency.startup, "start_engine", load)
+    monkeypatch.setattr(bench_latency.startup, "capture", load)
+    monkeypatch.setattr(bench_latency.results, "require_gpu", lambda count=1: None)
+    assert bench_latency.main(["--commit", "abc", "--parts", "cold", "capture"]) == 0
+    cold, warm, one, eight = seen
+    assert cold.model_path == warm.model_path and cold.load_format == "dummy" and cold.vocab_size == 129280
+    assert (cold.max_batch_size, cold.num_pages) == (256, 8448)
+    assert one.replicas[0].expert_ranks == eight.replicas[0].world_size == 8 and eight.replicas[0].is_virtual
