@@ -114,6 +114,21 @@ def line_of(one: Mapping[str, Any]) -> str:
     return f"{one['operation']:20s} {one['shape']:34s} {ours} {rate:12s} {ratio:>5s}  {rivals}"
 
 
+def kernel_lines(entries: Sequence[Mapping[str, Any]], commit: str) -> dict[str, dict[str, Any]]:
+    """A line of the kernels' baseline for each operation and shape."""
+    return {
+        f"{one['operation']} {one['shape']}".strip(): {
+            "value": one["us"]["ours"],
+            "unit": "us",
+            "peers_us": {name: us for name, us in one["us"].items() if name != "ours"},
+            "ratio": one["ratio"],
+            "commit": commit,
+            "method": "perf/bench_kernels.py, medians, L2 empty, interleaved",
+        }
+        for one in entries
+    }
+
+
 def _compile_share(peers_dir: Path | None, operations: Sequence[str], share: int, shares: int) -> None:
     """One process's part of the compiling: every shares-th case, run once."""
     for case in _cases(peers_dir, operations, share, shares):

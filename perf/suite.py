@@ -2,7 +2,7 @@
 
 Each runs in a process of its own, so that it finds an empty GPU, and leaves DIR/<name>.json and .log. Then: a table of
 the goals beside the baseline of this kind of GPU (perf/baselines/), DIR/goals.json, and PNGs of the batch sweep and of
-latency over throughput. Exit code 1 where a benchmark failed or a figure is more than --percent worse than the
+latency over throughput. --save keeps the goals' lines, and the kernels' in a file beside them. Exit code 1 where a benchmark failed or a figure is more than --percent worse than the
 baseline; what this machine has too few GPUs for is named and not run. --collect runs nothing and does the rest for
 documents that lie in DIR already.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from perf import results
+from perf.bench_kernels import kernel_lines
 from perf.regression import regressions
 
 
@@ -152,6 +153,11 @@ def conclude(ran: Sequence[Benchmark], folder: Path, args: argparse.Namespace) -
         if path is None:
             raise SystemExit("no GPU is named in the documents: say with --baseline FILE where --save shall write")
         results.save_lines(path, goals)
+        if "kernels" in documents:
+            made = documents["kernels"]
+            results.save_lines(
+                path.with_stem(f"{path.stem}_kernels"), kernel_lines(made["results"], made["commit"])
+            )  # fmt: skip
     return worse
 
 

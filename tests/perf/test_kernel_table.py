@@ -26,6 +26,13 @@ def test_an_entry_without_peers_has_no_ratio() -> None:
     assert bench.line_of(one).split()[:3] == ["router", "32", "3.0"]
 
 
+def test_a_baseline_line_keeps_the_peers() -> None:
+    one = bench.entry("fp8_gemm", "32 x 64 x 128", {"ours": [11.0], "A": [10.0]})
+    line = bench.kernel_lines([one], "abc")["fp8_gemm 32 x 64 x 128"]
+    assert (line["value"], line["unit"], line["peers_us"], line["ratio"]) == (11.0, "us", {"A": 10.0}, 1.1)
+    assert line["commit"] == "abc"
+
+
 def case(peer: torch.Tensor, *, compare: bool) -> SimpleNamespace:
     ours = torch.linspace(-1, 1, 64)
     return SimpleNamespace(
