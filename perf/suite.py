@@ -2,9 +2,9 @@
 
 Each runs in a process of its own, so that it finds an empty GPU, and leaves DIR/<name>.json and .log. Then: a table of
 the goals beside the baseline of this kind of GPU (perf/baselines/), DIR/goals.json, and PNGs of the batch sweep and of
-latency over throughput. --save keeps the goals' lines, and the kernels' in a file beside them. Exit code 1 where a benchmark failed or a figure is more than --percent worse than the
+latency over throughput. Exit code 1 where a benchmark failed or a figure is more than --percent worse than the
 baseline; what this machine has too few GPUs for is named and not run. --collect runs nothing and does the rest for
-documents that lie in DIR already.
+documents that lie in DIR already. --save keeps the goals' lines, and the kernels' in a file beside them.
 """
 
 from __future__ import annotations
