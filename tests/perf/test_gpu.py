@@ -1,4 +1,4 @@
-"""On a GPU machine: every kind of kernel case can be made and called, and the clock of steps agrees with an idle GPU."""
+"""On a GPU machine: every kind of kernel case can be made and called; the clock of steps sees a GPU that waits."""
 
 from __future__ import annotations
 
