@@ -40,13 +40,12 @@ class LogprobColumns:
 
     def entries(self) -> dict[int, TokenLogprobs]:
         """By line, of those that were asked for. On the host only."""
-        columns = (self.token_ids.tolist(), self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist())
+        lines = [line for line, num in enumerate(self.num_top) if num >= 0]
+        columns = (self.token_ids, self.logprobs, self.top_ids, self.top_logprobs)
+        wanted = zip(lines, *(column[lines].tolist() for column in columns), strict=True)
         return {
-            line: TokenLogprobs(token_id, logprob, tuple(zip(top_ids[:num], top_logprobs[:num], strict=True)))
-            for line, (num, token_id, logprob, top_ids, top_logprobs) in enumerate(
-                zip(self.num_top, *columns, strict=True)
-            )
-            if num >= 0
+            line: TokenLogprobs(token_id, logprob, tuple(zip(ids[: self.num_top[line]], values, strict=False)))
+            for line, token_id, logprob, ids, values in wanted
         }
 
 
