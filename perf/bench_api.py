@@ -35,7 +35,7 @@ from tests.front_end import FrontEnd
 from tests.triton_server import TritonServer
 
 STEP_S = 0.02  # at low load: a decode step of the real model
-_ROUNDS: Mapping[int, int] = MappingProxyType({1: 50, 4: 40, 16: 25})  # streams at low load -> requests of each
+_ROUNDS: Mapping[int, int] = MappingProxyType({1: 40, 4: 25, 16: 15})  # streams at low load -> requests of each
 _FEW_TOKENS = 12  # a stream, for the time to the first one: 16 streams are 60 requests a second
 _TOKENS = 500  # a stream, for what the front end adds to each
 
@@ -196,7 +196,7 @@ def added_ms(grpc: Sequence[Arrivals], openai: Sequence[Arrivals]) -> list[float
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    bench_streaming.add_arguments(parser, name="openai", seconds=30.0)
+    bench_streaming.add_arguments(parser, name="openai", seconds=24.0)
     parser.add_argument("--workers", type=int, default=1, help="processes of the front end")
     parser.add_argument("--no-latency", action="store_true", help="leave low load out")
     return bench_streaming.check_arguments(parser)

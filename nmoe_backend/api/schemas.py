@@ -38,6 +38,7 @@ JsonObject = dict[str, Any]
 TextOrIds = str | Items[TokenId] | Items[str] | Items[Items[TokenId]]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
+_MOST_EXACT = 2.0**53  # of floats, beyond which not every integer is one; and orjson writes none beyond 64 bits
 _ANY = ("any value",)
 # Fields of OpenAI's and vLLM's clients that an endpoint does not have -> values with which they ask for nothing.
 HARMLESS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
@@ -84,7 +85,8 @@ class Body(BaseModel):
                 continue
             if name in fields:
                 kind = fields[name].annotation
-                is_whole = isinstance(value, float) and value.is_integer() and int in (kind, *get_args(kind))
+                may_be_int = isinstance(value, float) and abs(value) <= _MOST_EXACT and int in (kind, *get_args(kind))
+                is_whole = may_be_int and value.is_integer()
                 meant[name] = int(value) if is_whole else value
             elif not _asks_for_nothing(name, value) and not unknown:
                 meant[name] = value

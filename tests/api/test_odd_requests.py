@@ -113,6 +113,21 @@ def test_a_huge_value_or_name_is_not_sent_back(service: Service) -> None:
     assert status == 400 and len(orjson.dumps(answer)) < 1000
 
 
+def test_an_integer_may_be_written_as_a_float_as_far_as_floats_are_exact(service: Service) -> None:
+    """What no JSON of ours could say again must not get in: these bodies come back in the answer."""
+    base = orjson.dumps(BASES["/v1/responses"])[:-1]
+    for written, status in (
+        (b"1e2", 200),
+        (b"9007199254740992.0", 200),
+        (b"1e19", 400),
+        (b"1e300", 400),
+        (b"0.5", 400),
+    ):
+        ((got, answer),) = post(service, "/v1/responses", base + b',"max_tool_calls":' + written + b"}")
+        assert got == status, (written, answer)
+        assert answer["max_tool_calls"] == float(written) if status == 200 else answer["error"]["param"]
+
+
 @pytest.mark.parametrize("depth", [150, 190, 201, 253, 300, 900, 1010])
 def test_deep_bodies_are_served_or_refused_and_never_a_failure(service: Service, depth: int) -> None:
     nested = b'{"a":' * depth + b"1" + b"}" * depth
