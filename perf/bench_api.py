@@ -6,7 +6,7 @@ Everything but the model is real, as in bench_streaming.py, whose ranks, server 
 the same streams run first over gRPC and then as chat completions over SSE, against one server. Then latency, at low
 load: the time to the first token, one path after the other; and what the front end adds to each token, both paths at
 once, where every stream gets a token in the same step: when it arrived over SSE less when it did over gRPC (the middle
-one of the streams). Prints tables; the last line is JSON.
+one of the streams). Prints a line a rate and path, then the tables of docs/performance.md; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -193,10 +193,28 @@ def added_ms(grpc: Sequence[Arrivals], openai: Sequence[Arrivals]) -> list[float
     return added
 
 
+def tables(rows: Sequence[Throughput], latencies: Sequence[Latency]) -> str:
+    """As docs/performance.md shows them."""
+    lines = []
+    for one in rows:
+        rate, path = (f"{one.offered_tok_s:,.0f}", "gRPC") if one.path == "grpc" else ("", "OpenAI")
+        gaps = " | ".join(f"{gap:.0f} ms" for gap in (one.gap_p50_ms, one.gap_p99_ms, one.gap_max_ms))
+        cores = (one.server_cores, one.stub_cores, one.client_cores, one.front_end_cores)
+        shown = " | ".join(f"{value:.2f}" if value else "" for value in cores)
+        lines.append(f"| {rate} | {path} | {one.delivered_tok_s:,.0f} | {one.mean_chunk:.2f} | {gaps} | {shown} |")
+    for late in latencies:
+        direct = f"{late.ttft_grpc_p50_ms:.1f} / {late.ttft_grpc_p99_ms:.1f} ms"
+        openai = f"{late.ttft_openai_p50_ms:.1f} / {late.ttft_openai_p99_ms:.1f} ms"
+        token = f"{late.token_added_p50_ms:.1f} / {late.token_added_p99_ms:.1f} ms"
+        lines.append(f"| {late.streams} | {direct} | {openai} | {late.ttft_added_p50_ms:.1f} ms | {token} |")
+    return "\n".join(lines)
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bench_streaming.add_arguments(parser, name="openai", seconds=24.0)
+    parser.set_defaults(rates=[2000.0, 20000.0, 28000.0])
     parser.add_argument("--workers", type=int, default=1, help="processes of the front end")
     parser.add_argument("--no-latency", action="store_true", help="leave low load out")
     return bench_streaming.check_arguments(parser)
@@ -213,8 +231,7 @@ def main() -> None:
                 rows.append(one)
                 print(f"{bench_streaming.line_of(one)} {one.front_end_cores:10.2f}  {one.path}", flush=True)
         latencies = [] if args.no_latency else measure_latency(args, Path(name))
-    for late in latencies:
-        print(late)
+    print(tables(rows, latencies))
     result = {
         "name": args.name,
         "value": rows[-1].delivered_tok_s,
