@@ -9,8 +9,9 @@ int32; w_kv_b [H, 256, 512] bf16; out [T, H, 128] bf16; all contiguous, 16-byte 
 [cu_seqlens[s], cu_seqlens[s + 1]); tokens outside of every row are neither used nor written.
 
 Bounded memory. The keys of all rows, prefix and chunk, each row padded with zeros to whole blocks of 128, make one
-list, which is worked off in pieces of `piece_keys`: gather the piece's latents, expand them by one matrix product,
-attend. A tile is a row's queries at positions [128 k, 128 k + 128); it needs the row's key blocks 0 ... k, the last
+list, which is worked off in pieces of `piece_keys`: gather the piece's latents, expand them by a matrix product, attend.
+How many rows, blocks and items there are is on the device: a plan of more pieces than a step needs computes nothing
+more, it only launches three kernels a piece that find nothing to do. A tile is a row's queries at positions [128 k, 128 k + 128); it needs the row's key blocks 0 ... k, the last
 under the causal mask. An item is a tile in a piece where it has keys; one whose keys lie in several pieces keeps its
 running maximum, sum and unnormalised output in fp32 between them. Example: 200 new tokens at start = 100 have keys in
 blocks 0, 1, 2, and tiles 0 (queries 100 - 127), 1 and 2 (queries 256 - 299) of 1, 2 and 3 blocks; with piece_keys = 256
@@ -18,8 +19,8 @@ there are items of 1, 2 and 2 blocks in piece 0 and one of 1 block in piece 1.
 
 Numerics: bf16 products, fp32 scores, softmax (base 2) and accumulators; probabilities are rounded to bf16 before the
 second product. Blocks of keys and tiles of 128 queries are cut at absolute positions, and what is kept between pieces
-is not rounded. So a token's result depends neither on the other rows, nor on where chunks and pieces end, if the matrix
-product that expands does not (cuBLAS picks a kernel by piece_keys, not by the rows' place).
+is not rounded. The product that expands adds up 64 latents at a time in one order, whatever the key's place. So a
+token's result depends neither on the other rows, nor on where chunks and pieces end.
 
 Grid: one program an SM. Work (a tile of 128 queries, one head) is handed out by a counter, longest first inside a group
 of 4 heads, whose keys stay in L2: which program takes it changes no result. Two warpgroups take 64 queries each; a
@@ -50,6 +51,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
 
 QUERY_DIM = 192
 LATENT_DIM = 512
@@ -64,6 +66,8 @@ DEFAULT_PIECE_KEYS = 8192
 _ITEM = tl.constexpr(8)  # int32 fields of an item
 _ITEM_TILE = tl.constexpr(32)  # items of a program of the plan
 _GATHER_ROWS = tl.constexpr(16)
+_EXPAND_K = tl.constexpr(64)  # latents of a stage of the product that expands
+_EXPAND_GROUP = tl.constexpr(16)  # key blocks that take turns at a head's weights while these are in L2
 _BLOCK = gl.constexpr(128)
 _STAGES = gl.constexpr(2)
 _HEAD_GROUP = gl.constexpr(HEAD_GROUP)
@@ -79,6 +83,7 @@ class MlaPrefillPlan:
     items: Tensor  # [pieces, I, 8] int32: q row, first and last query used, key row, blocks, is first, is last, -
     num_items: Tensor  # [pieces] int32
     blocks: Tensor  # [pieces * piece_keys / 128, 4] int32: row (-1: unused), first position, keys, -
+    num_blocks: Tensor  # [1] int32: blocks in use, in all pieces
     keys: Tensor  # [piece_keys, 576] bf16, gathered
     expanded: Tensor  # [piece_keys, H, 256] bf16: of a head, 128 of the key, then the value
     sums: Tensor  # [T, H, 128] fp32, T = 0 for one piece
@@ -139,6 +144,7 @@ def make_mla_prefill_plan(
         items=buffer(num_pieces, num_items, _ITEM.value, dtype=int32),
         num_items=buffer(num_pieces, dtype=int32),
         blocks=buffer(num_pieces * piece_keys // BLOCK, 4, dtype=int32),
+        num_blocks=buffer(1, dtype=int32),
         keys=buffer(piece_keys, LATENT_DIM + ROPE_DIM, dtype=bf16),
         expanded=buffer(piece_keys, num_heads, EXPANDED_DIM, dtype=bf16),
         sums=buffer(carried, num_heads, VALUE_DIM, dtype=fp32),
@@ -148,20 +154,20 @@ def make_mla_prefill_plan(
     )
 
 
-def plan_mla_prefill(plan: MlaPrefillPlan, cu_seqlens: Tensor, starts: Tensor) -> None:
+def plan_mla_prefill(plan: MlaPrefillPlan, cu_seqlens: Tensor, starts: Tensor, num_rows: Tensor) -> None:
     """Fills the plan from cu_seqlens [S + 1] and starts [S] int32, on the device; once a step, before the first layer.
 
-    Row s is the tokens [cu_seqlens[s], cu_seqlens[s + 1]) of the step, at positions starts[s], starts[s] + 1, ... A row
-    of no tokens takes no part. The caller knows that `num_key_rows` of the rows fits (num_pieces * piece_keys).
+    Row s < num_rows [1] int32 is the tokens [cu_seqlens[s], cu_seqlens[s + 1]) of the step, at positions starts[s],
+    starts[s] + 1, ... A row of no tokens takes no part, and those from num_rows on are not looked at. The caller knows
+    that `num_key_rows` of the rows fits (num_pieces * piece_keys).
     """
-    num_rows = starts.shape[0]
     num_items, num_blocks = plan.items.shape[1], plan.blocks.shape[0]
     _plan_items_kernel[(plan.num_pieces, num_items // _ITEM_TILE.value)](
         cu_seqlens, starts, plan.items, plan.num_items, num_rows, num_items, plan.piece_keys // BLOCK,
         WIDTH=triton.next_power_of_2(num_items), num_warps=8,
     )  # fmt: skip
     _plan_blocks_kernel[(triton.cdiv(num_blocks, 128),)](
-        cu_seqlens, starts, plan.blocks, num_rows, num_blocks, num_warps=4
+        cu_seqlens, starts, plan.blocks, plan.num_blocks, num_rows, num_blocks, num_warps=4
     )
 
 
@@ -170,14 +176,13 @@ def mla_prefill(
 ) -> None:
     """Writes out [T, H, 128] at the rows' tokens; the plan is that of this step (`plan_mla_prefill`).
 
-    Under a graph: 3 launches a piece, no allocation. Table entries beyond a row's own pages are not read; keys of the
+    Under a graph: 3 launches a piece, no allocation, work for the keys that there are. Table entries beyond a row's own pages are not read; keys of the
     cache beyond a row's end are not used, NaN included.
     """
     _check(q, cache, block_tables, w_kv_b, plan, out)
-    weight = w_kv_b.flatten(0, 1).t()
     for piece in range(plan.num_pieces):
         _gather_keys(plan, cache, block_tables, piece)
-        torch.mm(plan.keys[:, :LATENT_DIM], weight, out=plan.expanded.flatten(1))
+        _expand_keys(plan, w_kv_b, piece)
         _attend(q, plan, piece, out, scale)
 
 
@@ -186,6 +191,19 @@ def _gather_keys(plan: MlaPrefillPlan, cache: Tensor, block_tables: Tensor, piec
     _gather_kernel[(plan.piece_keys // _GATHER_ROWS.value,)](
         cache, block_tables, block_tables.stride(0), plan.blocks, plan.keys, plan.counters[piece:],
         piece * (plan.piece_keys // BLOCK), PAGE=cache.shape[1], num_warps=4,
+    )  # fmt: skip
+
+
+def _expand_keys(plan: MlaPrefillPlan, w_kv_b: Tensor, piece: int) -> None:
+    """The piece's keys and values of every head, from the latents in plan.keys, into plan.expanded."""
+    weight, expanded = w_kv_b.flatten(0, 1), plan.expanded.flatten(1)
+    piece_blocks = plan.piece_keys // BLOCK
+    _expand_kernel[(plan.num_programs,)](
+        PlainDescriptor.from_tensor(plan.keys, [BLOCK, _EXPAND_K.value]),
+        PlainDescriptor.from_tensor(weight, [EXPANDED_DIM, _EXPAND_K.value]),
+        PlainDescriptor.from_tensor(expanded, [BLOCK, EXPANDED_DIM]),
+        plan.num_blocks, piece * piece_blocks, piece_blocks, weight.shape[0] // EXPANDED_DIM, num_warps=8,
+        num_stages=3,
     )  # fmt: skip
 
 
@@ -276,12 +294,13 @@ def _piece(tile, base, first_block, piece_blocks):
     return low, tl.where(tile >= 0, tl.maximum(high - low, 0), 0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_items", "piece_blocks"])
+@triton.jit(do_not_specialize=["num_items", "piece_blocks"])
 def _plan_items_kernel(
-    cu_ptr, starts_ptr, items_ptr, num_items_ptr, num_rows, num_items, piece_blocks, WIDTH: tl.constexpr
+    cu_ptr, starts_ptr, items_ptr, num_items_ptr, num_rows_ptr, num_items, piece_blocks, WIDTH: tl.constexpr
 ):  # fmt: skip
     """A program ranks 32 tiles of one piece by their number of blocks, then by their order."""
     piece = tl.program_id(0)
+    num_rows = tl.load(num_rows_ptr)
     first_block = piece * piece_blocks
     every = tl.arange(0, WIDTH)
     tile, token, begin, stop, base = _find(every, cu_ptr, starts_ptr, num_rows)
@@ -304,15 +323,15 @@ def _plan_items_kernel(
         tl.store(num_items_ptr + piece, tl.sum((cost > 0).to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
-def _plan_blocks_kernel(cu_ptr, starts_ptr, blocks_ptr, num_rows, num_blocks):
-    """Of each key block: whose, from which position on, how many keys."""
+@triton.jit(do_not_specialize=["num_blocks"])
+def _plan_blocks_kernel(cu_ptr, starts_ptr, blocks_ptr, num_used_ptr, num_rows_ptr, num_blocks):
+    """Of each key block: whose, from which position on, how many keys; and how many blocks there are."""
     i = tl.program_id(0) * 128 + tl.arange(0, 128)
     row = tl.zeros_like(i) - 1
     position = tl.zeros_like(i)
     count = tl.zeros_like(i)
     blocks = 0
-    for s in range(num_rows):
+    for s in range(tl.load(num_rows_ptr)):
         _, _, end = _row(cu_ptr, starts_ptr, s)
         high = (end + 127) // 128
         here = (i >= blocks) & (i < blocks + high)
@@ -324,6 +343,8 @@ def _plan_blocks_kernel(cu_ptr, starts_ptr, blocks_ptr, num_rows, num_blocks):
     tl.store(blocks_ptr + i * 4, row, mask=used)
     tl.store(blocks_ptr + i * 4 + 1, position, mask=used)
     tl.store(blocks_ptr + i * 4 + 2, count, mask=used)
+    if tl.program_id(0) == 0:
+        tl.store(num_used_ptr, blocks)
 
 
 @triton.jit(do_not_specialize=["first_block", "table_stride"], do_not_specialize_on_alignment=["counter_ptr"])
@@ -348,6 +369,23 @@ def _gather_kernel(
         tl.store(target + latent, tl.load(source + latent, mask=used[:, None], other=0.0))
         rope = 512 + tl.arange(0, 64)[None, :]
         tl.store(target + rope, tl.load(source + rope, mask=used[:, None], other=0.0))
+
+
+@triton.jit(do_not_specialize=["first_block", "piece_blocks", "num_heads"])
+def _expand_kernel(keys_desc, weight_desc, out_desc, num_blocks_ptr, first_block, piece_blocks, num_heads):
+    """Persistent over tiles of 128 keys of one head: [128, 512] @ [512, 256], fp32 sums. Keys of the blocks in use."""
+    num_blocks = tl.minimum(tl.maximum(tl.load(num_blocks_ptr) - first_block, 0), piece_blocks)
+    for tile in tl.range(tl.program_id(0), num_blocks * num_heads, tl.num_programs(0), flatten=True):
+        group = tile // (_EXPAND_GROUP * num_heads) * _EXPAND_GROUP
+        size = tl.minimum(num_blocks - group, _EXPAND_GROUP)
+        inside = tile - group * num_heads
+        row = (group + inside % size) * 128
+        column = inside // size * 256
+        total = tl.zeros((128, 256), tl.float32)
+        for k in range(0, 512, _EXPAND_K):
+            weight = weight_desc.load([column, k])
+            total = tl.dot(keys_desc.load([row, k]), weight.T, total)
+        out_desc.store([row, column], total.to(tl.bfloat16))
 
 
 @gluon.jit

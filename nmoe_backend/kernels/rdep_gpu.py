@@ -40,6 +40,7 @@ from torch import Tensor
 
 _ALIGN = 256
 _COLUMNS = 2048  # of a row, that one program of give_back and combine adds up
+_GIVE_BACK_PROGRAMS = 4096  # times the parts of a row
 _WORDS = 1024  # int32 words of a row that one program of dispatch copies at a time
 
 
@@ -157,14 +158,16 @@ def _dispatch_kernel(  # noqa: PLR0913
                 tl.store(to_scales, scales, mask=visits & (group < SCALES))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "step_tokens"])
 def _give_back_kernel(  # noqa: PLR0913
     rows_ptr,
     row_idx_ptr,
+    window_slots_ptr,
     weights_ptr,
     arenas_ptr,
     slots_ptr,
     returned_at,
+    num_slots,
     step_tokens,
     T_CAP: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -172,22 +175,26 @@ def _give_back_kernel(  # noqa: PLR0913
     BLOCK_D: tl.constexpr,
     RETURN: tl.constexpr,
 ):
-    src = tl.program_id(0) // step_tokens
-    token = tl.program_id(0) % step_tokens
-    slot = (src * T_CAP + token).to(tl.int64)
+    first, end = 0, num_slots
+    if window_slots_ptr is not None:
+        first, end = tl.load(window_slots_ptr), tl.load(window_slots_ptr + 1)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    has_rows = False
-    for k in tl.static_range(TOP_K):
-        idx = tl.load(row_idx_ptr + slot * TOP_K + k).to(tl.int64)
-        if idx >= 0:  # a branch: a masked row would still be converted and added, for six of eight choices
-            weight = tl.load(weights_ptr + slot * TOP_K + k)
-            total += weight * tl.load(rows_ptr + idx * D + column, mask=column < D, other=0.0).to(tl.float32)
-            has_rows = True
-    if has_rows:
-        base = tl.load(arenas_ptr + src)
-        out = (tl.load(slots_ptr + src).to(tl.int64) * T_CAP + token) * D + column
-        tl.store(_at(base, returned_at, RETURN) + out, total.to(RETURN), mask=column < D)
+    for index in range(first + tl.program_id(0), end, tl.num_programs(0)):
+        src = index // step_tokens
+        token = index % step_tokens
+        slot = (src * T_CAP + token).to(tl.int64)
+        total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        has_rows = False
+        for k in tl.static_range(TOP_K):
+            idx = tl.load(row_idx_ptr + slot * TOP_K + k).to(tl.int64)
+            if idx >= 0:  # a branch: a masked row would still be converted and added, for six of eight choices
+                weight = tl.load(weights_ptr + slot * TOP_K + k)
+                total += weight * tl.load(rows_ptr + idx * D + column, mask=column < D, other=0.0).to(tl.float32)
+                has_rows = True
+        if has_rows:
+            base = tl.load(arenas_ptr + src)
+            out = (tl.load(slots_ptr + src).to(tl.int64) * T_CAP + token) * D + column
+            tl.store(_at(base, returned_at, RETURN) + out, total.to(RETURN), mask=column < D)
 
 
 @triton.jit
@@ -279,10 +286,13 @@ def rdep_dispatch(
     )  # fmt: skip
 
 
-def rdep_give_back(peers: RdepPeers, rows: Tensor, row_idx: Tensor, step_tokens: int) -> None:
+def rdep_give_back(
+    peers: RdepPeers, rows: Tensor, row_idx: Tensor, step_tokens: int, window_slots: Tensor | None = None
+) -> None:
     """rows [X, D], row_idx [W, T_cap, K] int32: the row of each choice of each slot, -1 = not one of mine.
 
-    Slots from step_tokens on are not looked at. Weights are those that were dispatched to this rank.
+    Slots from step_tokens on are not looked at. window_slots [2] int32 on the device: only slots [first, end) of the
+    W * step_tokens, in the order (source, token). Weights are those that were dispatched to this rank.
     """
     layout, offsets = peers.layout, peers.layout.offsets()
     if rows.shape[1:] != (layout.hidden_size,) or not rows.is_contiguous() or not step_tokens <= layout.max_tokens:
@@ -292,10 +302,11 @@ def rdep_give_back(peers: RdepPeers, rows: Tensor, row_idx: Tensor, step_tokens:
         raise ValueError(f"got row_idx {tuple(row_idx.shape)} {row_idx.dtype}; need [W, T_cap, K] int32.")
     if step_tokens == 0:
         return
-    grid = (layout.world_size * step_tokens, triton.cdiv(layout.hidden_size, _COLUMNS))
+    num_slots = layout.world_size * step_tokens
+    grid = (min(num_slots, _GIVE_BACK_PROGRAMS), triton.cdiv(layout.hidden_size, _COLUMNS))
     _give_back_kernel[grid](
-        rows, row_idx, layout.views(peers.own)["weights"], peers.arenas, peers.slots, offsets["returned"], step_tokens,
-        layout.max_tokens, layout.top_k, layout.hidden_size, _COLUMNS, _TRITON_DTYPES[layout.return_dtype], num_warps=4,
+        rows, row_idx, window_slots, layout.views(peers.own)["weights"], peers.arenas, peers.slots,
+        offsets["returned"], num_slots, step_tokens, layout.max_tokens, layout.top_k, layout.hidden_size, _COLUMNS, _TRITON_DTYPES[layout.return_dtype], num_warps=4,
     )  # fmt: skip
 
 

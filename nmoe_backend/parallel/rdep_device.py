@@ -74,9 +74,9 @@ class DeviceRdep:
         else:
             self._context.barrier()
 
-    def give_back(self, rows: Tensor, row_idx: Tensor, step_tokens: int) -> None:
+    def give_back(self, rows: Tensor, row_idx: Tensor, step_tokens: int, window_slots: Tensor | None) -> None:
         """rows [X, D] of my experts, weighted and added per received token, to their sources."""
-        rdep_give_back(self._peers(), rows, row_idx, step_tokens)
+        rdep_give_back(self._peers(), rows, row_idx, step_tokens, window_slots)
 
     def combine(self, topk_ids: Tensor, num_real: Tensor, shared: Tensor | None, out: Tensor) -> None:
         """out [T, D]: what came back, in rank order, and shared [T, D]."""

@@ -59,7 +59,11 @@ class Layer:
 
     def check(self, window: int = 0) -> None:
         """Every expert's rows of h and y, and that nothing else was written."""
-        row_idx, ids = self.rows.row_idx[window][:, : self.step_tokens], self.ids[:, : self.step_tokens]
+        row_idx, ids = self.rows.row_idx[:, : self.step_tokens].clone(), self.ids[:, : self.step_tokens]
+        slots = self.rows.slots_of(window)
+        if slots is not None:
+            order = torch.arange(row_idx[..., 0].numel(), device=DEVICE).view(row_idx.shape[:2])
+            row_idx[(order < slots[0]) | (order >= slots[1])] = -1
         written = torch.zeros(self.y.shape[0], dtype=torch.bool, device=DEVICE)
         for expert in range(self.num_experts):
             chosen = (ids == expert) & (row_idx >= 0)
@@ -163,7 +167,7 @@ def test_an_index_equals_its_reference():
             expert_row_index(rows, ids, num_experts, step)
             assert torch.equal(rows.totals, times * _counts(ids[:, :step], num_experts))
         want, spans = expert_row_index_reference(ids, num_experts, step)
-        assert torch.equal(rows.row_idx[0, :, :step], want[:, :step])
+        assert torch.equal(rows.row_idx[:, :step], want[:, :step])
         tiles = []
         for expert, (begin, end) in enumerate(spans):
             tiles += [[expert, len(tiles), begin, end]] * -(-(end - begin) // 128)
@@ -179,7 +183,9 @@ def test_windows_cover_every_choice_once():
     layer = Layer(ids, 4, 256, 128, window_rows=2048)
     layer.index()
     assert layer.rows.num_windows == 4
-    assert torch.equal((layer.rows.row_idx >= 0).sum(0), torch.ones_like(ids, dtype=torch.int64))
+    slots = layer.rows.window_slots.flatten().tolist()
+    assert slots[0] == 0 and slots[-1] == 4 * 512 and slots[1:-1:2] == slots[2:-1:2]
+    assert bool((layer.rows.row_idx >= 0).all())
     assert torch.equal(layer.rows.totals, _counts(ids, 4))
     for window in range(4):
         layer.y.fill_(float("nan"))
@@ -187,6 +193,19 @@ def test_windows_cover_every_choice_once():
         layer.h.view(torch.uint8).fill_(NAN)
         layer.run(window)
         layer.check(window)
+
+
+def test_windows_that_nothing_fills_do_nothing():
+    """A hundred choices in the middle of the slots, in buffers for many times as many."""
+    ids = torch.full((4, 512, 4), -1, dtype=torch.int32, device=DEVICE)
+    ids[2, 100:125] = torch.arange(4, dtype=torch.int32, device=DEVICE)
+    layer = Layer(ids, 4, 256, 128, window_rows=1024)
+    layer.index()
+    assert layer.rows.num_tiles.tolist() == [4, *[0] * 7]
+    assert all(first == end for first, end in layer.rows.window_slots[1:].tolist())
+    for window in range(layer.rows.num_windows):
+        layer.run(window)
+    layer.check()
 
 
 def test_slots_past_the_step_are_not_looked_at():
@@ -233,8 +252,8 @@ def test_a_row_does_not_depend_on_the_others_nor_on_its_place():
         many.scales[src, token] = few.scales[slot[0], slot[1]]
         for layer in (few, many):
             layer.run()
-        got = many.y[many.rows.row_idx[0, src, token, k]]
-        assert torch.equal(got, few.y[few.rows.row_idx[0][tuple(slot)]])
+        got = many.y[many.rows.row_idx[src, token, k]]
+        assert torch.equal(got, few.y[few.rows.row_idx[tuple(slot)]])
 
 
 def test_rows_beyond_two_to_the_31_bytes():
@@ -242,7 +261,7 @@ def test_rows_beyond_two_to_the_31_bytes():
     layer = Layer(torch.zeros(8, 20_000, 1, dtype=torch.int32, device=DEVICE), 2, 7168, 128)
     layer.index()
     layer.run()
-    r = layer.rows.row_idx[0, 7, -200:, 0].long()
+    r = layer.rows.row_idx[7, -200:, 0].long()
     assert r.tolist() == list(range(159_800, 160_000))
     layer.check_rows(0, r, layer.payload[7, -200:], layer.scales[7, -200:])
 
@@ -279,7 +298,7 @@ def test_a_whole_layer_replays_behind_dispatch_and_before_give_back():
         rdep_dispatch(peers, values, scales.t(), ids, weights, count)
         layer.index()
         layer.run()
-        rdep_give_back(peers, layer.y, layer.rows.row_idx[0], tokens)
+        rdep_give_back(peers, layer.y, layer.rows.row_idx, tokens)
         rdep_combine(peers, ids, count, None, out)
 
     graph = torch.cuda.CUDAGraph()
@@ -298,7 +317,7 @@ def test_a_whole_layer_replays_behind_dispatch_and_before_give_back():
             for k in range(top_k):
                 rank, expert = divmod(int(ids[token, k]), local)
                 at = (view["ids"][rank, token] == expert).nonzero().item()
-                row = layer.rows.row_idx[0, rank, token, at].long().view(1)
+                row = layer.rows.row_idx[rank, token, at].long().view(1)
                 layer.check_rows(expert, row, values[token : token + 1], scales.t()[token : token + 1])
                 layer_out[token] += weights[token, k] * layer.y[row[0]]
         assert _error(out[:num_tokens], layer_out) < 2 * TOLERANCE

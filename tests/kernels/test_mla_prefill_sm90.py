@@ -48,6 +48,10 @@ class Case:
             keys[start + length :] = float("nan")
             self.cache[pages.long()] = keys.view(count, page_size, DIM)
 
+    @property
+    def num_rows(self) -> Tensor:
+        return torch.tensor([len(self.rows)], dtype=torch.int32, device="cuda")
+
     def tokens(self, row: int) -> slice:
         return slice(int(self.cu_seqlens[row]), int(self.cu_seqlens[row + 1]))
 
@@ -66,17 +70,17 @@ class Case:
         return out
 
 
-def prefill(case: Case, piece_keys: int = 4096) -> Tensor:
+def prefill(case: Case, piece_keys: int = 4096, spare_pieces: int = 0) -> Tensor:
     from nmoe_backend.kernels import mla_prefill_sm90 as kernel
 
-    pieces = max(1, -(-kernel.num_key_rows(case.rows) // piece_keys))
+    pieces = max(1, -(-kernel.num_key_rows(case.rows) // piece_keys)) + spare_pieces
     plan = kernel.make_mla_prefill_plan(
         len(case.rows), case.num_tokens, pieces, case.q.shape[1], torch.device("cuda"), piece_keys
     )
     for buffer in (plan.keys, plan.expanded, plan.sums, plan.maxima):
         buffer.fill_(float("nan"))
     out = torch.full((case.num_tokens, case.q.shape[1], 128), float("nan"), device="cuda", dtype=torch.bfloat16)
-    kernel.plan_mla_prefill(plan, case.cu_seqlens, case.starts)
+    kernel.plan_mla_prefill(plan, case.cu_seqlens, case.starts, case.num_rows)
     kernel.mla_prefill(case.q, case.cache, case.tables, case.w_kv_b, plan, out, SCALE)
     return out
 
@@ -132,6 +136,13 @@ def test_result_is_bitwise_independent_of_the_rest_of_the_batch() -> None:
         assert torch.equal(prefill(alone)[case.tokens(row)], together[case.tokens(row)])
 
 
+def test_result_is_bitwise_independent_of_the_pieces() -> None:
+    case = Case(ROWS)
+    expected = prefill(case, 4096).nan_to_num()
+    for piece_keys, spare_pieces in ((4096, 3), (512, 0), (512, 40), (128, 1)):
+        assert torch.equal(prefill(case, piece_keys, spare_pieces).nan_to_num(), expected)
+
+
 @pytest.mark.parametrize("cut", [128, 333, 900])
 def test_result_is_bitwise_independent_of_the_chunks(cut: int) -> None:
     whole = Case([(0, 1000)])
@@ -156,11 +167,12 @@ def test_graph_replay_follows_rows_in_device_memory() -> None:
     from nmoe_backend.kernels import mla_prefill_sm90 as kernel
 
     case = Case([(500, 300), (0, 400), (200, 0)], num_heads=32)
+    num_rows = case.num_rows
     plan = kernel.make_mla_prefill_plan(3, case.num_tokens, 4, 32, torch.device("cuda"), 1024).part(3, 512)
     out = torch.empty(case.num_tokens, 32, 128, device="cuda", dtype=torch.bfloat16)
 
     def step() -> None:
-        kernel.plan_mla_prefill(plan, case.cu_seqlens, case.starts)
+        kernel.plan_mla_prefill(plan, case.cu_seqlens, case.starts, num_rows)
         kernel.mla_prefill(case.q, case.cache, case.tables, case.w_kv_b, plan, out, SCALE)
 
     step()
@@ -170,6 +182,7 @@ def test_graph_replay_follows_rows_in_device_memory() -> None:
         step()
     for rows in ([(500, 300), (0, 400), (0, 0)], [(0, 77), (399, 1), (0, 0)], [(799, 1), (0, 0), (0, 0)]):
         case.rows = rows
+        num_rows.fill_(len([length for _, length in rows if length]))  # what stands behind is not looked at
         case.starts.copy_(torch.tensor([start for start, _ in rows]))
         case.cu_seqlens.copy_(torch.tensor([3, *(length for _, length in rows)]).cumsum(0))
         out.fill_(float("nan"))
@@ -194,7 +207,8 @@ def test_plan_of_the_documented_example() -> None:
     assert kernel.num_key_rows([(100, 200), (7, 0)]) == 384
     plan = kernel.make_mla_prefill_plan(1, 200, 2, 4, torch.device("cuda"), 256)
     cu_seqlens = torch.tensor([0, 200], dtype=torch.int32, device="cuda")
-    kernel.plan_mla_prefill(plan, cu_seqlens, torch.tensor([100], dtype=torch.int32, device="cuda"))
+    starts = torch.tensor([100], dtype=torch.int32, device="cuda")
+    kernel.plan_mla_prefill(plan, cu_seqlens, starts, torch.ones_like(starts))
     assert plan.num_items.tolist() == [3, 1]
     assert plan.items[0, :3, :7].tolist() == [
         [28, 0, 128, 0, 2, 1, 1],
@@ -202,6 +216,7 @@ def test_plan_of_the_documented_example() -> None:
         [-100, 100, 128, 0, 1, 1, 1],
     ]
     assert plan.items[1, 0, :7].tolist() == [156, 0, 44, 0, 1, 0, 1]
+    assert plan.num_blocks.tolist() == [3]
     assert plan.blocks[:, :3].tolist() == [[0, 0, 128], [0, 128, 128], [0, 256, 44], [-1, 0, 0]]
 
 

@@ -39,8 +39,13 @@ def test_three_steps_of_an_exchange_equal_all_experts_in_one_place(row_dtype, sc
         for rank, count in enumerate(counts):
             check_received(ranks, rank, count, bucket, tokens[rank])
         for rank, peers in enumerate(ranks.peers):
-            with ranks.phase(peers.own.device):
-                rdep_give_back(peers, *ranks.expert_rows(rank, bucket), bucket)
+            rows, row_idx = ranks.expert_rows(rank, bucket)
+            num_slots = ranks.layout.world_size * bucket
+            half = num_slots // 2  # in two windows
+            for slots in ([0, half], [half, num_slots]):
+                window = torch.tensor(slots, dtype=torch.int32, device=rows.device)
+                with ranks.phase(peers.own.device):
+                    rdep_give_back(peers, rows, row_idx, bucket, window)
         for peers, count, (x, _, ids, weights, num_tokens) in zip(ranks.peers, counts, tokens, strict=True):
             shared = torch.randn(bucket, HIDDEN, device=x.device)
             out = torch.full((bucket, HIDDEN), 7.0, device=x.device)
