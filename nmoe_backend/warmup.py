@@ -32,6 +32,7 @@ from nmoe_backend.parallel.ranks import RankContext, RankGroup
 from nmoe_backend.runtime.dummy_weights import dummy_rank_weights
 from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.runtime.sampler import build_sampler
+from nmoe_backend.runtime.step_buckets import Bucket
 from nmoe_backend.runtime.weight_reader import ReadMeter
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.runtime.worker import Worker
@@ -82,9 +83,9 @@ def _start_replica(config: ServeConfig, replica: ReplicaConfig, spec: ModelSpec,
 
 
 def build_workers(
-    config: ServeConfig, replica: ReplicaConfig, spec: ModelSpec, progress: Progress, buckets: Sequence[int] = ()
+    config: ServeConfig, replica: ReplicaConfig, spec: ModelSpec, progress: Progress, buckets: Sequence[Bucket] = ()
 ) -> tuple[list[Worker], EngineLimits]:
-    """The replica's ranks, loaded, their decode steps captured. `buckets`: see Worker."""
+    """The replica's ranks, loaded, their steps captured. `buckets`: see StepGraphs."""
     devices = _devices(config, replica)
     dtype = _dtype(config)
     if config.device == "cpu":  # the ranks' threads share the cores; more would only queue
@@ -101,7 +102,7 @@ def build_workers(
             workers = list(
                 pool.map(lambda model, at: _build_worker(model, at, limits, dtype, buckets), models, contexts)
             )
-        with _stage(progress, f"{name}: decode steps"):
+        with _stage(progress, f"{name}: steps"):
             # All ranks prepare the same steps; one of them says so.
             shown = [progress, *[_silent] * (len(workers) - 1)]
             list(pool.map(lambda worker, tell: worker.capture(tell), workers, shown))
@@ -164,7 +165,7 @@ def _load_model(
 
 
 def _build_worker(
-    model: DecoderModel, context: RankContext, limits: EngineLimits, dtype: torch.dtype, buckets: Sequence[int]
+    model: DecoderModel, context: RankContext, limits: EngineLimits, dtype: torch.dtype, buckets: Sequence[Bucket]
 ) -> Worker:
     kv_cache = KVCache(model.spec, limits.num_pages, limits.page_size, dtype, context.device)
     sampler = build_sampler(model.ops, limits, context)

@@ -1,6 +1,6 @@
 """From received choices to rows sorted by expert: which row goes where, the tiles of the expert GEMMs, and the copy.
 
-    expert_row_index     ids [W, T_cap, K] of the received slots -> row_idx [W, T_cap, K], window_slots, tiles, num_tiles
+    expert_row_index     ids [W, T_cap, K] of the received slots -> row_idx [W, T_cap, K], window_slots, tiles
     gather_expert_rows   payload and scales of the slots -> x [R, D] and x_scales [D / 128, R] in that order
 
 Rows are sorted by expert and, within one, by slot and choice: the order is that of the ids, not of timing. An expert's
@@ -17,8 +17,8 @@ Worked example, 2 experts, K = 2, tile 128:  ids [[[0, 1], [1, -1], [-1, -1]]]
     row_idx [[[0, 16], [17, -1], [-1, -1]]]   tiles [[[0, 0, 0, 1], [1, 1, 16, 18]]]   num_tiles [2]
 
 A tile is (expert, the expert's first tile, its first row, the row past its last): 128 rows each. int32 throughout, row
-offsets int64. Grids: one program a chunk of slots, then one a chunk and a window; gather: one a slot, up to 4,096. All of it replays
-in a graph; step_tokens is the bucket, as in rdep_gpu.py.
+offsets int64. Grids: one program a chunk of slots, then one a chunk and a window; gather: one a slot, up to 4,096. All
+of it replays in a graph; step_tokens is the bucket, as in rdep_gpu.py.
 """
 
 # A jit function has no types that mypy knows; launchers are typed.
@@ -224,8 +224,8 @@ def expert_row_index(rows: ExpertRows, ids: Tensor, num_experts: int, step_token
         )
     if rows.num_windows * rows.window_rows < world_size * step_tokens * top_k:
         raise ValueError(
-            f"got {rows.num_windows} windows of {rows.window_rows} rows for {world_size * step_tokens} slots of {top_k} "
-            "choices; all of them must fit."
+            f"got {rows.num_windows} windows of {rows.window_rows} rows for {world_size * step_tokens} slots of "
+            f"{top_k} choices; all of them must fit."
         )
     if ids.dtype != torch.int32 or not 1 <= step_tokens <= max_tokens:
         raise ValueError(f"got {ids.dtype} ids, a step of {step_tokens}; need int32 and 1 to {max_tokens}.")

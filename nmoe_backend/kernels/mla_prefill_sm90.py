@@ -9,9 +9,11 @@ int32; w_kv_b [H, 256, 512] bf16; out [T, H, 128] bf16; all contiguous, 16-byte 
 [cu_seqlens[s], cu_seqlens[s + 1]); tokens outside of every row are neither used nor written.
 
 Bounded memory. The keys of all rows, prefix and chunk, each row padded with zeros to whole blocks of 128, make one
-list, which is worked off in pieces of `piece_keys`: gather the piece's latents, expand them by a matrix product, attend.
-How many rows, blocks and items there are is on the device: a plan of more pieces than a step needs computes nothing
-more, it only launches three kernels a piece that find nothing to do. A tile is a row's queries at positions [128 k, 128 k + 128); it needs the row's key blocks 0 ... k, the last
+list, which is worked off in pieces of `piece_keys`: gather the piece's latents, expand them by a matrix product,
+attend. How many rows, blocks and items there are is on the device: a plan of more pieces than a step needs computes
+nothing more, it only launches three kernels a piece that find nothing to do.
+
+A tile is a row's queries at positions [128 k, 128 k + 128); it needs the row's key blocks 0 ... k, the last
 under the causal mask. An item is a tile in a piece where it has keys; one whose keys lie in several pieces keeps its
 running maximum, sum and unnormalised output in fp32 between them. Example: 200 new tokens at start = 100 have keys in
 blocks 0, 1, 2, and tiles 0 (queries 100 - 127), 1 and 2 (queries 256 - 299) of 1, 2 and 3 blocks; with piece_keys = 256
@@ -176,8 +178,8 @@ def mla_prefill(
 ) -> None:
     """Writes out [T, H, 128] at the rows' tokens; the plan is that of this step (`plan_mla_prefill`).
 
-    Under a graph: 3 launches a piece, no allocation, work for the keys that there are. Table entries beyond a row's own pages are not read; keys of the
-    cache beyond a row's end are not used, NaN included.
+    Under a graph: 3 launches a piece, no allocation, work for the keys that there are. Table entries beyond a row's own
+    pages are not read; keys of the cache beyond a row's end are not used, NaN included.
     """
     _check(q, cache, block_tables, w_kv_b, plan, out)
     for piece in range(plan.num_pieces):

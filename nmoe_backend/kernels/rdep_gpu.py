@@ -306,7 +306,8 @@ def rdep_give_back(
     grid = (min(num_slots, _GIVE_BACK_PROGRAMS), triton.cdiv(layout.hidden_size, _COLUMNS))
     _give_back_kernel[grid](
         rows, row_idx, window_slots, layout.views(peers.own)["weights"], peers.arenas, peers.slots,
-        offsets["returned"], num_slots, step_tokens, layout.max_tokens, layout.top_k, layout.hidden_size, _COLUMNS, _TRITON_DTYPES[layout.return_dtype], num_warps=4,
+        offsets["returned"], num_slots, step_tokens, layout.max_tokens, layout.top_k, layout.hidden_size, _COLUMNS,
+        _TRITON_DTYPES[layout.return_dtype], num_warps=4,
     )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from nmoe_backend.kernels.mla_prefill_sm90 import (
     MlaPrefillPlan,
     make_mla_prefill_plan,
     mla_prefill,
-    num_key_rows,
     plan_mla_prefill,
 )
 from nmoe_backend.kernels.quantize_rows_gpu import quantize_rows
@@ -31,13 +30,13 @@ from nmoe_backend.kernels.rms_norm_gpu import rms_norm
 from nmoe_backend.kernels.rope_cache_gpu import Rotation, rope_cache
 from nmoe_backend.kernels.router_gpu import router, router_logits, split_weight
 from nmoe_backend.kernels.swiglu_rows_gpu import swiglu_rows
-from nmoe_backend.layers.batch import Batch
+from nmoe_backend.layers.batch import Batch, PrefillColumns
 from nmoe_backend.layers.layer_ops import ExpertWeights, LinearWeight, MLAWeights, StepShape
 from nmoe_backend.layers.rows import Form, Rows
 from nmoe_backend.models.spec import MLASpec, RouterSpec
 
 GROUP = 128  # neighbours that share a scale
-PIECE_KEYS = 4096  # keys that prefill expands at once: 256 MB at 128 heads
+PIECE_KEYS = 8192  # keys that prefill expands at once: 512 MB at 128 heads
 # Few rows leave SMs idle where a context is one piece; many would send 268 MB of partial sums a layer through memory.
 FEW_ROWS, FEW_ROWS_SPLIT, SPLIT = 64, 1024, 4096
 
@@ -123,8 +122,8 @@ class HopperOps:
         if batch.num_decode:
             decode = self._decode_plan(batch.num_decode, spec.num_heads)
             plan_mla_decode(decode, batch.context_lens)
-        if batch.prefill:
-            prefill = self._prefill_plan(batch, spec.num_heads)
+        if batch.padded_prefill is not None:
+            prefill = self._prefill_plan(batch.padded_prefill, spec.num_heads)
         return HopperMLAPlan(batch=batch, turns=rope_table, decode=decode, prefill=prefill)
 
     def _decode_plan(self, num_rows: int, num_heads: int) -> MlaDecodePlan:
@@ -134,29 +133,18 @@ class HopperOps:
         rows = min(FEW_ROWS, shape.max_rows) if few else shape.max_rows
         if (num_heads, split) not in self._decode_plans:  # the first step of a kind, which warm-up runs
             self._decode_plans[num_heads, split] = make_mla_decode_plan(
-                rows, shape.max_seq_len, rows * shape.max_seq_len, num_heads, self._device, split
+                rows, shape.max_seq_len, min(rows * shape.max_seq_len, shape.max_keys), num_heads, self._device, split
             )
         return self._decode_plans[num_heads, split]
 
-    def _prefill_plan(self, batch: Batch, num_heads: int) -> MlaPrefillPlan:
+    def _prefill_plan(self, rows: PrefillColumns, num_heads: int) -> MlaPrefillPlan:
         shape = self._require_shape()
         if num_heads not in self._prefill_plans:
-            longest = num_key_rows([(0, shape.max_seq_len)])
-            pieces = -(-shape.max_rows * longest // PIECE_KEYS)
             self._prefill_plans[num_heads] = make_mla_prefill_plan(
-                shape.max_rows, shape.max_tokens, pieces, num_heads, self._device, PIECE_KEYS
+                shape.max_rows, shape.max_tokens, -(-shape.max_keys // PIECE_KEYS), num_heads, self._device, PIECE_KEYS
             )
-        num_keys = num_key_rows((row.start, row.last - row.first) for row in batch.prefill)
-        piece_keys = min(PIECE_KEYS, num_keys)
-        plan = self._prefill_plans[num_heads].part(-(-num_keys // PIECE_KEYS), piece_keys)
-        bounds = [row.first for row in batch.prefill] + [batch.prefill[-1].last]
-        starts = [row.start for row in batch.prefill]
-        device = self._device
-        plan_mla_prefill(
-            plan,
-            torch.tensor(bounds, dtype=torch.int32, device=device),
-            torch.tensor(starts, dtype=torch.int32, device=device),
-        )
+        plan = self._prefill_plans[num_heads].part(-(-rows.max_keys // PIECE_KEYS), min(PIECE_KEYS, rows.max_keys))
+        plan_mla_prefill(plan, rows.bounds, rows.starts, rows.num_rows)
         return plan
 
     def mla(self, q: Tensor, kv: Tensor, weights: HopperMLAWeights, plan: HopperMLAPlan, cache: Tensor) -> Rows:
@@ -168,9 +156,11 @@ class HopperOps:
             num_decode, heads, spec.kv_lora_rank + spec.qk_rope_head_dim, dtype=q.dtype, device=q.device
         )
         kv_norm = weights.kv_norm, spec.latent_norm_eps
-        decoded, others = slice(num_decode), slice(num_decode, num_tokens)
-        turned = latent[..., spec.kv_lora_rank :], q[others, :, nope:]  # decode queries into the latent query; in place
-        for tokens, target in zip((decoded, others), turned, strict=True):
+        decoded, every = slice(num_decode), slice(num_tokens)
+        turns = [(decoded, latent[..., spec.kv_lora_rank :])]  # decode queries into the latent query
+        if plan.prefill is not None:  # in place, decode's too: only the device knows where prefill begins
+            turns.append((every, q[..., nope:]))
+        for tokens, target in turns:
             rotation = Rotation(turns=plan.turns, positions=batch.positions[tokens], interleaved=spec.rope.interleaved)
             rope_cache(q[tokens, :, nope:], target, kv[tokens], kv_norm, rotation, cache, batch.cache_idx[tokens])
         if plan.decode is not None:
@@ -179,8 +169,9 @@ class HopperOps:
             attended = torch.empty(num_decode, heads, spec.kv_lora_rank, dtype=q.dtype, device=q.device)
             mla_decode(latent, cache, batch.block_tables, plan.decode, attended, spec.softmax_scale)
             torch.bmm(attended.transpose(0, 1), weights.w_uv, out=out[decoded].transpose(0, 1))
-        if plan.prefill is not None:
-            mla_prefill(q, cache, batch.prefill_tables, weights.w_kv_b, plan.prefill, out, spec.softmax_scale)
+        if plan.prefill is not None and batch.padded_prefill is not None:  # over what decode wrote for rows of its own
+            tables = batch.padded_prefill.tables
+            mla_prefill(q, cache, tables, weights.w_kv_b, plan.prefill, out, spec.softmax_scale)
         rows = _fp8_rows(num_tokens, heads * spec.v_head_dim, q.device)
         quantize_rows(out.flatten(1), *rows.require_fp8())
         return rows

@@ -48,6 +48,7 @@ class StepShape:
     max_rows: int  # sequences
     max_tokens: int
     max_seq_len: int
+    max_keys: int  # of all sequences together, each one's in whole blocks of KEY_BLOCK
 
 
 class LayerOps(Protocol):
@@ -55,7 +56,8 @@ class LayerOps(Protocol):
 
     @property
     def pads_steps(self) -> bool:
-        """Whether all ranks of a step must bring equally many tokens, padding included."""
+        """Whether all ranks of a step must bring equally many tokens, padding included, and what differs between steps
+        must be on the device: Batch says in which form."""
 
     @property
     def captures(self) -> bool:

@@ -6,14 +6,22 @@ sampler keeps, is the next decode step's input and never visits the host. Plans 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nmoe_backend.layers.batch import Batch, PrefillRow
 from nmoe_backend.types import EngineLimits, RankPlan, StepPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forward:
+    """What the forward pass of a step leaves."""
+
+    hidden: Tensor  # [T, D] after the final norm, of all tokens, in the plan's order
+    logits: Tensor  # [N, V] fp32, of the rows that sample, in the plan's order
 
 
 class SlotState:
@@ -28,9 +36,8 @@ class SlotState:
         self.block_tables = torch.zeros(limits.max_batch_size + 1, max_pages, dtype=torch.int32, device=device)
         self.last_tokens = last_tokens
 
-    def fill(self, step: StepPlan, rank: int, padded_tokens: int = 0) -> Batch:
-        """Apply the plan's changes to the slots and lay out its tokens, padded to `padded_tokens`. Example: see
-        RankPlan."""
+    def fill(self, step: StepPlan, rank: int) -> Batch:
+        """Apply the plan's changes to the slots and lay out its tokens, without padding. Example: see RankPlan."""
         plan = step.ranks[rank]
         self.check(plan)
         if plan.new_pages:
@@ -52,14 +59,11 @@ class SlotState:
             positions = torch.arange(ends[-1], device=self._device) + shift.index_select(0, row_of_token)
             token_slots = slots.index_select(0, row_of_token)
         pages = self.block_tables[token_slots, positions // page_size]
-        cache_idx = pages * page_size + positions % page_size
-        num_real = self._tensor([len(token_ids)]).to(torch.int32)
-        padding = (0, max(0, padded_tokens - len(token_ids)))
         tables = self.block_tables[slots[num_decode:], : max(num_pages[num_decode:], default=0)]
         return Batch(
-            token_ids=F.pad(token_ids, padding),
-            positions=F.pad(positions, padding),
-            cache_idx=F.pad(cache_idx, padding, value=-1),
+            token_ids=token_ids,
+            positions=positions,
+            cache_idx=pages * page_size + positions % page_size,
             num_decode=num_decode,
             block_tables=self.block_tables[slots[:num_decode], : max(num_pages[:num_decode], default=0)],
             context_lens=starts[:num_decode] + 1,
@@ -72,9 +76,9 @@ class SlotState:
                 )
                 for row in range(num_decode, len(lengths))
             ),
-            prefill_tables=tables,
-            step_tokens=max(padded_tokens, *(other.num_tokens for other in step.ranks)),
-            num_real=num_real,
+            padded_prefill=None,
+            step_tokens=max(other.num_tokens for other in step.ranks),
+            num_real=self._tensor([len(token_ids)]).to(torch.int32),
         )
 
     def _tensor(self, values: object) -> Tensor:

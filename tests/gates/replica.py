@@ -25,6 +25,7 @@ from nmoe_backend.parallel.ranks import RankContext, RankGroup
 from nmoe_backend.parallel.rdep import Rdep
 from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.runtime.output import LogprobColumns, SampledTokens
+from nmoe_backend.runtime.step_buckets import Bucket
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import (
@@ -253,7 +254,7 @@ class Replica:
         pass_rows: int = 512,
         limits: EngineLimits | None = None,
         keep_quantized: bool = False,
-        buckets: Sequence[int] = (),
+        buckets: Sequence[Bucket] = (),
         capture: bool = True,
         make_sampler: Callable[..., Any] | None = None,
     ) -> None:

@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 
-from nmoe_backend.runtime.decode import decode_buckets
 from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.types import ConfigError, RankError, RankPlan, SamplingParams, SlotInit
 from tests.gates.replica import Replica, limits_for
@@ -116,12 +115,6 @@ def test_closing_releases_cache_and_buffers(tiny_model):
     assert [ref() for ref in held] == [None, None]
     with pytest.raises(RankError, match="closed"):
         replica.workers[0].execute(None)
-
-
-def test_decode_steps_are_prepared_for_buckets_up_to_the_limit():
-    assert decode_buckets(256) == (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
-    assert decode_buckets(100) == (1, 2, 4, 8, 16, 32, 64, 100)
-    assert decode_buckets(1) == (1,)
 
 
 def test_a_page_size_outside_16_to_64_is_an_error(tiny_model):
