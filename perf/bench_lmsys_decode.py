@@ -25,7 +25,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ import torch
 
 from nmoe_backend import models, warmup
 from nmoe_backend.config import ServeConfig
+from nmoe_backend.runtime.step_buckets import Bucket
 from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import RankPlan, SamplingParams, SlotInit, StepPlan
 from perf import results
@@ -55,6 +56,9 @@ TRACED_STEPS = 4
 # First match wins: part of a kernel's name -> operation.
 OPERATIONS = (
     ("mla_decode", "attention"),
+    ("_attend_kernel", "attention"),
+    ("_expand_kernel", "keys expanded"),
+    ("_gather_keys_kernel", "keys gathered"),
     ("_combine_kernel", "combine"),  # attention's merge of pieces has the same name: told apart by its grid's place
     ("_gemm_kernel", "dense fp8 GEMMs"),
     ("_expert_kernel", "expert GEMMs"),
@@ -204,10 +208,10 @@ def measure(
 
 
 @contextmanager
-def built(config: ServeConfig, buckets: Sequence[int]) -> Iterator[Worker]:
+def built(config: ServeConfig, buckets: Sequence[Bucket]) -> Iterator[Worker]:
     """A loaded worker whose KV cache holds random latents; its memory is free again afterwards."""
     spec = models.load_spec(config.model_path)
-    workers, _ = warmup.build_workers(config, config.replicas[0], spec, print, buckets=sorted(buckets))
+    workers, _ = warmup.build_workers(config, config.replicas[0], spec, print, buckets)
     for layer in workers[0]._kv_cache.layers:
         layer.normal_()
     try:
@@ -217,6 +221,11 @@ def built(config: ServeConfig, buckets: Sequence[int]) -> Iterator[Worker]:
         workers.clear()
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def decode_steps(rows: Iterable[int]) -> list[Bucket]:
+    """Only these are captured."""
+    return [Bucket(tokens=0, keys=0, rows=size) for size in sorted(rows)]
 
 
 def rows_at(context: int, config: ServeConfig) -> int:
@@ -236,7 +245,7 @@ def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     of_short = set(args.parts) - {"context"}
     if of_short:
         buckets = {*args.rows, *(BATCH_ROWS if "batch" in args.parts else ())}
-        with built(short, sorted(buckets)) as worker:
+        with built(short, decode_steps(buckets)) as worker:
             for part in (part for part in PARTS if part in of_short):
                 with hot_experts(worker) if part == "skew" else nullcontext():
                     for rows in BATCH_ROWS if part == "batch" else args.rows:
@@ -244,7 +253,7 @@ def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if "context" in args.parts:
         long = ServeConfig.from_toml(CONFIG, LONG_CONTEXTS)
         shapes = [(rows_at(context, long), context) for context in CONTEXTS]
-        with built(long, sorted({rows for rows, _ in shapes})) as worker:
+        with built(long, decode_steps({rows for rows, _ in shapes})) as worker:
             for rows, context in shapes:
                 yield one(worker, long, "context", rows, context)
 

@@ -127,7 +127,8 @@ def _prefill(peers: Peers, rows: int, length: int) -> Case:
     keys = rows * -(-length // 128) * 128
     plan = make_mla_prefill_plan(rows, tokens, 1, HEADS, q.device, keys)
     bounds = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * length
-    plan_mla_prefill(plan, bounds, torch.zeros(rows, dtype=torch.int32, device=DEVICE))
+    num_rows = torch.tensor([rows], dtype=torch.int32, device=DEVICE)
+    plan_mla_prefill(plan, bounds, torch.zeros(rows, dtype=torch.int32, device=DEVICE), num_rows)
     out = torch.empty(tokens, HEADS, VALUE, dtype=BF16, device=DEVICE)
     mla_prefill(q, cache, tables, w_kv_b, plan, out, SCALE)  # leaves the expanded keys in the plan
 

@@ -190,7 +190,7 @@ def mla_prefill(
 
 def _gather_keys(plan: MlaPrefillPlan, cache: Tensor, block_tables: Tensor, piece: int) -> None:
     """The piece's latents and rope keys into plan.keys."""
-    _gather_kernel[(plan.piece_keys // _GATHER_ROWS.value,)](
+    _gather_keys_kernel[(plan.piece_keys // _GATHER_ROWS.value,)](
         cache, block_tables, block_tables.stride(0), plan.blocks, plan.keys, plan.counters[piece:],
         piece * (plan.piece_keys // BLOCK), PAGE=cache.shape[1], num_warps=4,
     )  # fmt: skip
@@ -350,7 +350,7 @@ def _plan_blocks_kernel(cu_ptr, starts_ptr, blocks_ptr, num_used_ptr, num_rows_p
 
 
 @triton.jit(do_not_specialize=["first_block", "table_stride"], do_not_specialize_on_alignment=["counter_ptr"])
-def _gather_kernel(
+def _gather_keys_kernel(
     cache_ptr, tables_ptr, table_stride, blocks_ptr, keys_ptr, counter_ptr, first_block, PAGE: tl.constexpr
 ):  # fmt: skip
     """16 rows of latents and rope keys; what a block has beyond its keys is zero, so that 0 * value is 0."""

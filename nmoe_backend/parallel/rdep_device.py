@@ -74,7 +74,7 @@ class DeviceRdep:
         else:
             self._context.barrier()
 
-    def give_back(self, rows: Tensor, row_idx: Tensor, step_tokens: int, window_slots: Tensor | None) -> None:
+    def give_back(self, rows: Tensor, row_idx: Tensor, step_tokens: int, window_slots: Tensor | None = None) -> None:
         """rows [X, D] of my experts, weighted and added per received token, to their sources."""
         rdep_give_back(self._peers(), rows, row_idx, step_tokens, window_slots)
 

@@ -113,7 +113,7 @@ def test_two_gpus_give_the_tokens_of_two_virtual_ranks(checkpoint: Path, tmp_pat
     found = {}
     for gpus in (ON_TWO, ON_ONE):
         with engine_on(gpus, checkpoint, tmp_path) as (engine, ranks):
-            assert all(bool(rank.worker._decode._graphs) == (gpus is ON_TWO) for rank in ranks)
+            assert all(bool(rank.worker._steps._graphs) == (gpus is ON_TWO) for rank in ranks)
             many = submit(engine, prompts_of(lengths), 100)
             found[len(set(gpus))] = [sink.result().token_ids for sink in many]
             alone = submit(engine, prompts_of([150]), 200)
