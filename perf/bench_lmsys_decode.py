@@ -173,6 +173,24 @@ def hot_experts(worker: Worker) -> Iterator[None]:
         torch._foreach_add_(first, -1.0)
 
 
+def rates(worker: Worker, tokens: int, step_s: float, nvlink_gb_s: float | None) -> dict[str, Any]:
+    """What a step of so many tokens comes to, raw and corrected; it was the last one that ran."""
+    visited, moved = exchange_bytes(worker, tokens)
+    if nvlink_gb_s is None:
+        layer_s = nvlink_correction(tokens)
+    else:
+        layer_s = moved * (1 / (nvlink_gb_s * 1e9) - 2 / HBM_BYTES_S)
+    corrected_s = step_s + len(moe_layers(worker)) * layer_s
+    return {
+        "step_ms": step_s * 1e3,
+        "corrected_step_ms": corrected_s * 1e3,
+        "raw_tok_s_gpu": tokens / step_s,
+        "corrected_tok_s_gpu": tokens / corrected_s,
+        "ranks_a_token_visits": visited,
+        "exchange_bytes_a_layer": moved,
+    }
+
+
 def measure(
     worker: Worker, config: ServeConfig, rows: int, context: int, args: argparse.Namespace, *, is_goal: bool
 ) -> dict[str, Any]:
@@ -183,24 +201,8 @@ def measure(
     decode.run(WARM_STEPS)
     with clocked_workers() as clock:
         step_s, tokens = decode.run(steps)
-    visited, moved = exchange_bytes(worker, rows)
-    if args.nvlink is None:
-        layer_s = nvlink_correction(rows)
-    else:
-        layer_s = moved * (1 / (args.nvlink * 1e9) - 2 / HBM_BYTES_S)
-    corrected_s = step_s + len(moe_layers(worker)) * layer_s
-    result = {
-        "rows": rows,
-        "context": context,
-        "step_ms": step_s * 1e3,
-        "corrected_step_ms": corrected_s * 1e3,
-        "raw_tok_s_gpu": rows / step_s,
-        "corrected_tok_s_gpu": rows / corrected_s,
-        "ranks_a_token_visits": visited,
-        "exchange_bytes_a_layer": moved,
-        "distinct_tokens": len(set(tokens)),
-        "idle_share": clock.idle_share(),
-    }
+    result = {"rows": rows, "context": context} | rates(worker, rows, step_s, args.nvlink)
+    result |= {"distinct_tokens": len(set(tokens)), "idle_share": clock.idle_share()}
     if is_goal:
         traced = trace(lambda: decode.run(TRACED_STEPS))
         result["operations_us"], result["kernels_us"] = breakdown(traced, TRACED_STEPS)

@@ -9,7 +9,7 @@ parts      goals: prompts of --prompt tokens, one behind the other, fill steps o
            scheduler fills them: a prompt that does not fit goes on in the next step. decode: 64 rows at 2,000, for
            P7. long: one sequence of 131,072 tokens, chunk by chunk, each timed by itself (--chunks: only these).
 raw        prefill tokens / wall time of a step.
-corrected  as in bench_lmsys_decode.py: NVLink's time for what leaves the GPU in place of HBM's. Projected.
+corrected  as in bench_lmsys_decode.py: with NVLink put back, as P5 measured it or at --nvlink GB/s. Projected.
 idle       share of the profiled steps that lies in gaps of more than 10 us without a kernel or a copy on the GPU.
 breakdown  kernel times of a step, from the profiler (CUPTI), summed by operation.
 """
@@ -30,7 +30,7 @@ from nmoe_backend.runtime.step_buckets import Bucket
 from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import PendingOutput, RankPlan, SamplingParams, SlotInit, StepPlan
 from perf import results
-from perf.bench_lmsys_decode import CONFIG, HBM_BYTES_S, breakdown, built, exchange_bytes, measure, moe_layers
+from perf.bench_lmsys_decode import CONFIG, breakdown, built, measure, rates
 from perf.device_trace import trace
 
 PARTS = ("goals", "decode", "long")
@@ -105,23 +105,11 @@ def prefill_entry(worker: Worker, config: ServeConfig, tokens: int, args: argpar
     prompts = Prompts(worker, config, args.prompt)
     prompts.run(tokens, WARM_STEPS)
     step_s = prompts.run(tokens, args.steps)
-    visited, moved = exchange_bytes(worker, tokens)
-    corrected_s = step_s + len(moe_layers(worker)) * moved * (1 / (args.nvlink * 1e9) - 2 / HBM_BYTES_S)
+    entry = {"tokens": tokens, "prompt": args.prompt} | rates(worker, tokens, step_s, args.nvlink)
     traced = trace(lambda: prompts.run(tokens, TRACED_STEPS))
-    operations, kernels = breakdown(traced, TRACED_STEPS)
-    return {
-        "tokens": tokens,
-        "prompt": args.prompt,
-        "step_ms": step_s * 1e3,
-        "corrected_step_ms": corrected_s * 1e3,
-        "raw_tok_s_gpu": tokens / step_s,
-        "corrected_tok_s_gpu": tokens / corrected_s,
-        "ranks_a_token_visits": visited,
-        "exchange_bytes_a_layer": moved,
-        "idle_share": traced.idle_share(),
-        "operations_us": operations,
-        "kernels_us": kernels,
-    }
+    entry["idle_share"] = traced.idle_share()
+    entry["operations_us"], entry["kernels_us"] = breakdown(traced, TRACED_STEPS)
+    return entry
 
 
 def long_entry(worker: Worker, config: ServeConfig, chunks: Sequence[int]) -> dict[str, Any]:
@@ -153,8 +141,7 @@ def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for tokens in args.tokens if "goals" in args.parts else ():
             yield {"part": "goals"} | prefill_entry(worker, config, tokens, args)
         if "decode" in args.parts:
-            shape = DECODE_ROWS, DECODE_CONTEXT, 30, args.nvlink
-            yield {"part": "decode"} | measure(worker, config, *shape, with_trace=True)
+            yield {"part": "decode"} | measure(worker, config, DECODE_ROWS, DECODE_CONTEXT, args, is_goal=True)
         if "long" in args.parts:
             yield {"part": "long"} | long_entry(worker, config, args.chunks)
 
@@ -182,6 +169,7 @@ def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> d
     prefill = [entry for entry in entries if entry["part"] == "goals"]
     decode = [entry for entry in entries if entry["part"] == "decode"]
     lines = {}
+    nvlink = "as P5 measured it" if args.nvlink is None else f"from {args.nvlink:g} GB/s"
     if prefill:
         best = max(prefill, key=lambda entry: entry["corrected_tok_s_gpu"])
         lines["P3"] = results.goal_line(
@@ -190,8 +178,8 @@ def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> d
             GOAL_TOKENS_S,
             args,
             raw=round(best["raw_tok_s_gpu"]),
-            method=f"perf/bench_prefill.py, {args.steps} steps of {best['tokens']} tokens, prompts of {args.prompt}: one "
-            f"GPU in loopback, NVLink from {args.nvlink:g} GB/s",
+            method=f"perf/bench_prefill.py, {args.steps} steps of {best['tokens']} tokens, prompts of {args.prompt}: "
+            f"one GPU in loopback, NVLink {nvlink}",
         )
     if prefill and decode:
         worst = max(entry["idle_share"] for entry in (*prefill, *decode))
@@ -215,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--chunks", type=int, nargs="+", default=list(range(LONG // LONG_CHUNK)))
-    parser.add_argument("--nvlink", type=float, default=385.0, help="GB/s between two GPUs")
+    parser.add_argument("--nvlink", type=float, help="GB/s between two GPUs, instead of what was measured")
     results.add_arguments(parser)
     args = results.parse(parser, argv)
     results.require_gpu()
