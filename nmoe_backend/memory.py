@@ -24,8 +24,8 @@ _GRAPH_BYTES = 2 * GB  # CUDA graphs of every bucket, their private pool aside f
 _CONTEXT_BYTES = 1 * GB  # CUDA context, loaded modules, allocator rounding
 _EXPERT_PASS_ROWS = 8192  # rows that one pass of the grouped GEMMs takes, whatever the skew
 # Of the kernels for Hopper GPUs (layers/hopper_ops.py, hopper_exchange.py, kernels/expert_rows_gpu.py):
-_WINDOW_ROWS, _WINDOW_SLACK = 16384, 2048  # received choices of one pass of the expert GEMMs; a chunk that may overhang
-_PIECE_KEYS = 4096  # keys that prefill expands at once
+_WINDOW_ROWS, _WINDOW_SLACK = 40960, 2048  # received choices of one pass of the expert GEMMs; a chunk that may overhang
+_PIECE_KEYS = 8192  # keys that prefill expands at once
 _DECODE_SPLITS = ((64, 1024), (0, 4096))  # rows (0: all), keys of a piece
 _LOGIT_COPIES = 3  # raw logits, edited logits, the plain sampler's sorted copy; fp32
 _KERNEL_LOGIT_COPIES = 4  # raw logits, edited logits, candidates' logits and ids; 4 bytes each
@@ -202,15 +202,20 @@ def _expert_window_bytes(config: ServeConfig, dims: ModelDims, world_size: int) 
     choices = world_size * tokens_per_step(config) * dims.num_experts_per_tok
     rows = min(_WINDOW_ROWS, choices) + _WINDOW_SLACK + 16 * dims.n_routed_experts // world_size
     d, i = dims.hidden_size, dims.moe_intermediate_size
-    return rows * (3 * d + i + (d + i) // 32) + -(-choices // _WINDOW_ROWS) * choices * 4
+    return rows * (3 * d + i + (d + i) // 32) + choices * 4
 
 
 def _attention_scratch_bytes(config: ServeConfig, dims: ModelDims) -> int:
     """Kernels only: partial results of contexts in several pieces, expanded keys and running sums of prefill; fp32."""
     heads, partials = dims.num_attention_heads, 0
-    for rows, split in _DECODE_SPLITS:
-        pieces = -(-config.max_seq_len // split)
-        partials += min(rows or config.max_batch_size, config.max_batch_size) * pieces if pieces > 1 else 0
+    in_pages = config.num_pages * config.kv_layout.page_size + 128 * config.max_batch_size  # each in whole blocks
+    for most, split in _DECODE_SPLITS:
+        rows = min(most or config.max_batch_size, config.max_batch_size)
+        keys = rows * config.max_seq_len
+        if config.num_pages:
+            keys = min(keys, in_pages)
+        if config.max_seq_len > split:
+            partials += min(rows * -(-config.max_seq_len // split), 2 * keys // split)
     expanded = _PIECE_KEYS * (2 * heads * (dims.qk_nope_head_dim + dims.v_head_dim) + 2 * (dims.kv_lora_rank + 64))
     sums = tokens_per_step(config) * heads * (dims.v_head_dim + 2) * 4
     return partials * heads * (dims.kv_lora_rank + 1) * 4 + expanded + sums
@@ -232,7 +237,8 @@ def activation_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> i
     )  # counts, mask, history
     if runs_kernels(config, dims):
         scratch = _expert_window_bytes(config, dims, world_size) + _attention_scratch_bytes(config, dims)
-        return tokens + logits + sampler + scratch
+        hidden = tokens_per_step(config) * dims.hidden_size * compute  # what a step's graph leaves for the rank
+        return tokens + hidden + logits + sampler + scratch
     # One weight at a time is dequantised, via fp32.
     dequantized = dims.largest_linear * (4 + compute) if keeps_fp8(config, dims) else 0
     return tokens + expert_pass + logits + sampler + dequantized
