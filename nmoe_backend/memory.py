@@ -24,7 +24,7 @@ _GRAPH_BYTES = 2 * GB  # CUDA graphs of every bucket, their private pool aside f
 _CONTEXT_BYTES = 1 * GB  # CUDA context, loaded modules, allocator rounding
 _EXPERT_PASS_ROWS = 8192  # rows that one pass of the grouped GEMMs takes, whatever the skew
 # Of the kernels for Hopper GPUs (layers/hopper_ops.py, hopper_exchange.py, kernels/expert_rows_gpu.py):
-_WINDOW_ROWS, _WINDOW_SLACK = 40960, 2048  # received choices of one pass of the expert GEMMs; a chunk that may overhang
+_WINDOW_ROWS, _WINDOW_SLACK = 16384, 2048  # received choices of one pass of the expert GEMMs; a chunk that may overhang
 _PIECE_KEYS = 8192  # keys that prefill expands at once
 _DECODE_SPLITS = ((64, 1024), (0, 4096))  # rows (0: all), keys of a piece
 _LOGIT_COPIES = 3  # raw logits, edited logits, the plain sampler's sorted copy; fp32
@@ -200,7 +200,8 @@ def transport_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> in
 def _expert_window_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> int:
     """Kernels only: gathered rows, their hidden and result rows, and which received choice is which row."""
     choices = world_size * tokens_per_step(config) * dims.num_experts_per_tok
-    rows = min(_WINDOW_ROWS, choices) + _WINDOW_SLACK + 16 * dims.n_routed_experts // world_size
+    balanced = tokens_per_step(config) * dims.num_experts_per_tok
+    rows = min(choices, max(_WINDOW_ROWS, balanced * 9 // 8)) + _WINDOW_SLACK + 16 * dims.n_routed_experts // world_size
     d, i = dims.hidden_size, dims.moe_intermediate_size
     return rows * (3 * d + i + (d + i) // 32) + choices * 4
 

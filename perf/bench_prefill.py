@@ -6,8 +6,8 @@ The worker is that of bench_lmsys_decode.py, with room for --tokens prefill toke
 step is one graph replay from static buffers, then the sampler, and is launched while the one before runs.
 
 parts      goals: prompts of --prompt tokens, one behind the other, fill steps of exactly --tokens tokens, as the
-           scheduler fills them: a prompt that does not fit goes on in the next step. decode: 64 rows at 2,000, for
-           P7. long: one sequence of 131,072 tokens, chunk by chunk, each timed by itself (--chunks: only these).
+           scheduler fills them: a prompt that does not fit goes on in the next step (of 8,000 tokens are four whole
+           ones). decode: 64 rows at 2,000, for P7. long: one sequence of 131,072 tokens, chunk by chunk, each timed by itself (--chunks: only these).
 raw        prefill tokens / wall time of a step.
 corrected  as in bench_lmsys_decode.py: with NVLink put back, as P5 measured it or at --nvlink GB/s. Projected.
 idle       share of the profiled steps that lies in gaps of more than 10 us without a kernel or a copy on the GPU.
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints each entry and writes the document as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["goals", "decode"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8000])
     parser.add_argument("--prompt", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--chunks", type=int, nargs="+", default=list(range(LONG // LONG_CHUNK)))

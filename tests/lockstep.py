@@ -15,13 +15,7 @@ from nmoe_backend.layers.ops import ops_for
 from nmoe_backend.layers.plain_ops import PlainOps
 from nmoe_backend.layers.rows import Rows
 from tests.padded import without_padding
-
-
-def rounded(x: Tensor) -> Tensor:
-    """To e4m3 in blocks of 128 and back, by the rule of the kernels."""
-    blocks = x.float().unflatten(-1, (-1, 128))
-    scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448
-    return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2).to(x.dtype)
+from tests.rounded import rounded
 
 
 def relative(a: Tensor, b: Tensor) -> float:

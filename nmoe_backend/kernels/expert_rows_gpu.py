@@ -203,15 +203,16 @@ def _gather_kernel(  # noqa: PLR0913
     for index in range(first + tl.program_id(0), end, tl.num_programs(0)):
         slot = (index // step_tokens * T_CAP + index % step_tokens).to(tl.int64)
         rows = tl.load(row_idx_ptr + slot * TOP_K + k, mask=k < TOP_K, other=-1)
-        if tl.max(rows, axis=0) >= 0:
+        place = tl.cumsum((rows >= 0).to(tl.int32), axis=0)  # of a choice with a row among those: 1, 2, ...
+        count = tl.max(place, axis=0)
+        if count > 0:
             x = tl.load(x_ptr + slot * WORDS + word, mask=word < WORDS)
             scales = tl.load(scales_ptr + slot * SCALES + group, mask=group < SCALES)
-            for choice in tl.static_range(TOP_K):
-                row = tl.load(row_idx_ptr + slot * TOP_K + choice).to(tl.int64)
-                if row >= 0:
-                    tl.store(to_x_ptr + row * WORDS + word, x, mask=word < WORDS)
-                    to_scales = to_scales_ptr + group * to_scales_stride.to(tl.int64) + row
-                    tl.store(to_scales, scales, mask=group < SCALES)
+            for choice in range(1, count + 1):
+                row = tl.sum(tl.where((rows >= 0) & (place == choice), rows, 0), axis=0).to(tl.int64)
+                tl.store(to_x_ptr + row * WORDS + word, x, mask=word < WORDS)
+                to_scales = to_scales_ptr + group * to_scales_stride.to(tl.int64) + row
+                tl.store(to_scales, scales, mask=group < SCALES)
 
 
 def expert_row_index(rows: ExpertRows, ids: Tensor, num_experts: int, step_tokens: int) -> None:

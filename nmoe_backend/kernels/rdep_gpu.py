@@ -173,25 +173,33 @@ def _give_back_kernel(  # noqa: PLR0913
     TOP_K: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     RETURN: tl.constexpr,
 ):
     first, end = 0, num_slots
     if window_slots_ptr is not None:
         first, end = tl.load(window_slots_ptr), tl.load(window_slots_ptr + 1)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_K)
     for index in range(first + tl.program_id(0), end, tl.num_programs(0)):
         src = index // step_tokens
         token = index % step_tokens
-        slot = (src * T_CAP + token).to(tl.int64)
-        total = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        has_rows = False
-        for k in tl.static_range(TOP_K):
-            idx = tl.load(row_idx_ptr + slot * TOP_K + k).to(tl.int64)
-            if idx >= 0:  # a branch: a masked row would still be converted and added, for six of eight choices
-                weight = tl.load(weights_ptr + slot * TOP_K + k)
-                total += weight * tl.load(rows_ptr + idx * D + column, mask=column < D, other=0.0).to(tl.float32)
-                has_rows = True
-        if has_rows:
+        choices = (src * T_CAP + token).to(tl.int64) * TOP_K + k
+        rows = tl.load(row_idx_ptr + choices, mask=k < TOP_K, other=-1)
+        place = tl.cumsum((rows >= 0).to(tl.int32), axis=0)  # of a choice with a row among those: 1, 2, ...
+        count = tl.max(place, axis=0)
+        if count > 0:
+            weights = tl.load(weights_ptr + choices, mask=rows >= 0, other=0.0)
+            total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+            for first_place in range(1, count + 1, 2):  # two rows on their way at a time, added in the choices' order
+                is_one = (rows >= 0) & (place == first_place)
+                is_other = (rows >= 0) & (place == first_place + 1)
+                one = rows_ptr + tl.sum(tl.where(is_one, rows, 0), axis=0).to(tl.int64) * D + column
+                other = rows_ptr + tl.sum(tl.where(is_other, rows, 0), axis=0).to(tl.int64) * D + column
+                x = tl.load(one, mask=column < D, other=0.0)
+                y = tl.load(other, mask=(column < D) & (first_place < count), other=0.0)
+                total += tl.sum(tl.where(is_one, weights, 0.0), axis=0) * x.to(tl.float32)
+                total += tl.sum(tl.where(is_other, weights, 0.0), axis=0) * y.to(tl.float32)
             base = tl.load(arenas_ptr + src)
             out = (tl.load(slots_ptr + src).to(tl.int64) * T_CAP + token) * D + column
             tl.store(_at(base, returned_at, RETURN) + out, total.to(RETURN), mask=column < D)
@@ -307,7 +315,7 @@ def rdep_give_back(
     _give_back_kernel[grid](
         rows, row_idx, window_slots, layout.views(peers.own)["weights"], peers.arenas, peers.slots,
         offsets["returned"], num_slots, step_tokens, layout.max_tokens, layout.top_k, layout.hidden_size, _COLUMNS,
-        _TRITON_DTYPES[layout.return_dtype], num_warps=4,
+        triton.next_power_of_2(layout.top_k), _TRITON_DTYPES[layout.return_dtype], num_warps=4,
     )  # fmt: skip
 
 

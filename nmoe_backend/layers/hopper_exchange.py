@@ -2,7 +2,9 @@
 
 What arrives is sorted by expert in windows that bound the memory (expert_rows_gpu.py): a step launches as many windows
 as its worst skew could need, ceil(W * T * K / window_rows), and a window without rows costs its launches (about 12 us).
-Steps of up to WINDOW_ROWS / (W * K) tokens take one.
+A window holds what a rank receives in the largest step when routing is balanced, T_cap * K, and an eighth more: 1.0 GB
+at DeepSeek-V3's sizes and 4,352 tokens. It holds WINDOW_ROWS at least, so that steps of few tokens are one window
+whatever their skew.
 """
 
 from __future__ import annotations
@@ -23,9 +25,7 @@ from nmoe_backend.models.spec import ModelSpec, MoESpec
 from nmoe_backend.parallel.ranks import RankContext
 from nmoe_backend.parallel.rdep_device import DeviceRdep
 
-# What 4,096 tokens of each of 8 ranks bring to a rank when routing is balanced, with a quarter in reserve; 1.0 GB at
-# DeepSeek-V3's sizes. Steps of up to 640 tokens fit in one window whatever the skew.
-WINDOW_ROWS = 40960
+WINDOW_ROWS = 16384  # of 256 tokens a rank, 8 ranks and 8 choices, all to one rank; 0.45 GB at DeepSeek-V3's sizes
 GROUP = 128
 
 
@@ -37,7 +37,7 @@ class HopperExchange:
         self.rdep = rdep
         self._num_sms = num_sms
         ids = rdep.received["ids"]
-        window_rows = min(WINDOW_ROWS, ids.numel())
+        window_rows = min(ids.numel(), max(WINDOW_ROWS, layout.max_tokens * layout.top_k * 9 // 8))
         self._index = expert_rows(ids, layout.num_local, window_rows)
         num_rows = num_expert_rows(window_rows, layout.num_local)
         d, i, fp8 = layout.hidden_size, intermediate_size, torch.float8_e4m3fn

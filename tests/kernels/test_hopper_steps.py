@@ -19,20 +19,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nmoe_backend.layers import context as layer_context
-from nmoe_backend.layers.layer_ops import ExpertWeights
-from nmoe_backend.layers.ops import ops_for
-from nmoe_backend.layers.plain_ops import PlainExchange, PlainOps
-from nmoe_backend.layers.rows import Rows
-from nmoe_backend.models.spec import MoESpec
-from nmoe_backend.parallel.rdep import Rdep, RdepShape
 from nmoe_backend.runtime.step_buckets import Bucket
 from scripts.make_tiny_checkpoint import PRESETS, make_checkpoint
 from tests.gates.replica import Driver, Generated, Replica, limits_for
-from tests.lockstep import Lockstep, beyond_bounds, rounded
+from tests.lockstep import Lockstep, beyond_bounds
+from tests.rounded import rounded_table
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [list(range(40, 61)), [5, 6, 7], [9], list(range(100, 117))]
@@ -41,42 +35,6 @@ KEYS = 8 * 128  # of 8 sequences of up to 96 tokens, in whole blocks
 DECODE = tuple(Bucket(tokens=0, keys=0, rows=rows) for rows in (2, 4, 8))
 MIXED = Bucket(tokens=32, keys=KEYS, rows=8)
 BUCKETS = (*DECODE, Bucket(tokens=32, keys=KEYS, rows=0), MIXED)
-
-
-class _RoundedExperts:
-    def __init__(self, weights: ExpertWeights) -> None:
-        self.num_local, self.w13, self.w2 = weights.num_local, weights.w13, weights.w2
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros(x.shape)
-        for expert in range(self.num_local):
-            rows, choices = (ids == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(rounded(x[rows]), self.w13[expert]).chunk(2, dim=-1)
-            y = F.linear(rounded(F.silu(gate) * up), self.w2[expert])
-            out.index_add_(0, rows, y * weights[rows, choices, None])
-        return out
-
-
-class _RoundedOps(PlainOps):
-    def linear(self, rows: Rows, weight: tuple[Tensor, ...]) -> Tensor:
-        return super().linear(Rows(rounded(rows.require_wide())), weight)
-
-    def pack_experts(self, weights: ExpertWeights) -> _RoundedExperts:
-        return _RoundedExperts(weights)
-
-
-def rounded_table(rank, request, switches):
-    ops = ops_for(rank.device)
-    router = next(layer.ffn.router for layer in request.spec.layers if isinstance(layer.ffn, MoESpec))
-    shape = RdepShape(
-        max_tokens=request.max_tokens,
-        hidden_size=request.spec.hidden_size,
-        top_k=router.top_k,
-        num_local=router.num_experts // rank.world_size,
-        dtype=request.dtype,
-        pass_rows=512,
-    )
-    return _RoundedOps(ops), PlainExchange(Rdep(rank, shape, ops.rdep))
 
 
 def make_model(root: Path) -> Path:

@@ -1,18 +1,19 @@
 """The slim model through the production kernels and graphs against transformers' DeepseekV3ForCausalLM in fp32.
 
 The same fp8 weights: transformers gets them dequantised. What is left of a difference is arithmetic: bf16 activations,
-and e4m3 ones in blocks of 128 before each product, which is what fp8 serving of this checkpoint means (DeepSeek's own
-kernels do the same). An e4m3 rounding is 2.6 % of a value in the root mean square; through four layers of random
-weights, whose outputs cancel more than a trained model's, it moves the logits of a position by 8 % of the largest one
-in the median (test_hopper_steps.py says how that is known without our kernels). So, teacher-forced:
-* the median position's max |a - b| / max |b| is below 15 %, twice that;
-* where transformers' best token leads by 20 % of the largest logit, it is ours too, in 95 % of such positions: to turn
-  one takes an error of more than the median's size on both, which a wrong mask, position or page would make.
+and e4m3 ones in blocks of 128 before each product, which is what fp8 serving of this checkpoint means. How far that
+moves logits is not argued but measured, without our kernels: plain torch in fp32 on a CPU that only rounds what linears
+and experts read to e4m3 (tests/rounded.py) is run on the same tokens. A position's error is max |a - b| / max |b|. On
+this model (random weights, four layers, near-ties in the router) the rounding alone makes 16 % in the median, 38 % at
+95 % of the positions, and turns 4 of the 45 best tokens that lead by 20 % of the largest logit. So, teacher-forced:
+* our median and our 95 % are at most 1.25 times those of the rounding alone: bf16 adds little to it;
+* we turn at most two more of the best tokens that lead by 20 %. A wrong mask, position or page would turn most.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nmoe_backend.layers import context as layer_context
 from scripts.make_tiny_checkpoint import make_checkpoint
 from tests.gates.replica import Driver, Generated, Replica, limits_for
+from tests.rounded import rounded_table
 
 pytestmark = pytest.mark.gpu
 NUM_TOKENS = 8
@@ -56,41 +59,62 @@ def dequantized(path: Path, to: Path) -> Path:
     return to
 
 
+@dataclass(frozen=True)
+class Runs:
+    """Logits of all positions of all prompts, [N, V]: transformers', ours, and those of the rounding alone."""
+
+    theirs: Tensor
+    ours: Tensor
+    rounded: Tensor
+
+    def errors(self, logits: Tensor) -> Tensor:
+        return (logits - self.theirs).abs().amax(-1) / self.theirs.abs().amax(-1)
+
+    def turned(self, logits: Tensor) -> tuple[int, int]:
+        """Best tokens that lead by 20 % and are not the best here; and how many lead."""
+        best = self.theirs.topk(2, dim=-1).values
+        leads = (best[:, 0] - best[:, 1]) / self.theirs.abs().amax(-1) > 0.2
+        return int((logits.argmax(-1) != self.theirs.argmax(-1))[leads].sum()), int(leads.sum())
+
+
+def generate(path: Path, device: str, forced: list[Generated]) -> list[Generated]:
+    """Prompts in chunks of 100, beside each other: decode, prefill and mixed steps."""
+    limits = limits_for(1, 64, max_batch_size=8, max_prefill_tokens=256, max_seq_len=512, num_pages=64)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    replica = Replica(path, 1, limits=limits, dtype=dtype, device=device, keep_quantized=device != "cpu")
+    for slot, (prompt, one) in enumerate(zip(prompts(), forced, strict=False)):
+        for k, token in enumerate(one.tokens):
+            replica.samplers[0].forced[slot, len(prompt) + k] = token
+    found = Driver(replica).generate(prompts(), NUM_TOKENS, chunk=100)
+    replica.close()
+    return found
+
+
 @pytest.fixture(scope="module")
-def ours_and_theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Generated], list[Tensor]]:
-    """Our run, and transformers' logits over what it fed."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("slim")
     path = make_checkpoint(folder / "fp8", preset="slim", dtype="fp8")
-    limits = limits_for(1, 64, max_batch_size=8, max_prefill_tokens=256, max_seq_len=512, num_pages=64)
-    replica = Replica(path, 1, limits=limits, dtype=torch.bfloat16, device="cuda:0", keep_quantized=True)
-    ours = Driver(replica).generate(prompts(), NUM_TOKENS, chunk=100)
-    replica.close()
-    model = AutoModelForCausalLM.from_pretrained(
-        dequantized(path, folder / "wide"), dtype=torch.float32, attn_implementation="eager"
-    ).to("cuda:0")
+    ours = generate(path, "cuda:0", [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_context, "build_table", rounded_table)
+        rounded = generate(path, "cpu", ours)
+    wide = dequantized(path, folder / "wide")
+    model = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32, attn_implementation="eager").to("cuda:0")
     with torch.inference_mode():
         fed = [prompt + one.tokens[:-1] for prompt, one in zip(prompts(), ours, strict=True)]
         theirs = [model(torch.tensor([ids], device="cuda:0")).logits[0].float().cpu() for ids in fed]
-    return ours, theirs
+    return Runs(torch.cat(theirs), *(torch.cat([one.logits for one in run]) for run in (ours, rounded)))
 
 
-def test_teacher_forced_logits_are_those_of_transformers(ours_and_theirs):
-    errors = torch.cat(
-        [(a.logits - b).abs().amax(-1) / b.abs().amax(-1) for a, b in zip(*ours_and_theirs, strict=True)]
-    )
-    print(f"median {errors.median():.4f}, 95 % {errors.quantile(0.95):.4f}, worst {errors.max():.4f}")
-    assert len(errors) == sum(len(prompt) + NUM_TOKENS - 1 for prompt in prompts())
-    assert float(errors.median()) < 0.15
+def test_teacher_forced_logits_are_those_of_transformers(runs):
+    ours, rounding = runs.errors(runs.ours), runs.errors(runs.rounded)
+    assert len(ours) == sum(len(prompt) + NUM_TOKENS - 1 for prompt in prompts())
+    for share in (0.5, 0.95):
+        assert 0.0 < float(ours.quantile(share)) <= 1.25 * float(rounding.quantile(share)), share
 
 
-def test_the_best_token_is_theirs_where_it_leads(ours_and_theirs):
-    clear, same = 0, 0
-    for a, b in zip(*ours_and_theirs, strict=True):
-        best = b.topk(2, dim=-1).values
-        leads = (best[:, 0] - best[:, 1]) / b.abs().amax(-1) > 0.2
-        clear += int(leads.sum())
-        same += int((a.logits.argmax(-1) == b.argmax(-1))[leads].sum())
-    print(f"{same} of {clear}")
-    assert clear >= 20 and same >= 0.95 * clear
+def test_the_best_token_is_theirs_where_it_leads(runs):
+    turned, leading = runs.turned(runs.ours)
+    assert leading >= 20 and turned <= runs.turned(runs.rounded)[0] + 2
