@@ -7,7 +7,8 @@ step is one graph replay from static buffers, then the sampler, and is launched 
 
 parts      goals: prompts of --prompt tokens, one behind the other, fill steps of exactly --tokens tokens, as the
            scheduler fills them: a prompt that does not fit goes on in the next step (of 8,000 tokens are four whole
-           ones). decode: 64 rows at 2,000, for P7. long: one sequence of 131,072 tokens, chunk by chunk, each timed by itself (--chunks: only these).
+           ones). decode: 64 rows at 2,000, for P7. long: one sequence of 131,072 tokens, chunk by chunk, each timed by
+           itself (--chunks: only these).
 raw        prefill tokens / wall time of a step.
 corrected  as in bench_lmsys_decode.py: with NVLink put back, as P5 measured it or at --nvlink GB/s. Projected.
 idle       share of the profiled steps that lies in gaps of more than 10 us without a kernel or a copy on the GPU.
