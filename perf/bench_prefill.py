@@ -11,7 +11,7 @@ parts      goals: prompts of --prompt tokens, one behind the other, fill steps o
            itself (--chunks: only these).
 raw        prefill tokens / wall time of a step.
 corrected  as in bench_lmsys_decode.py: with NVLink put back, as P5 measured it or at --nvlink GB/s. Projected.
-idle       share of the profiled steps that lies in gaps of more than 10 us without a kernel or a copy on the GPU.
+idle       share of the time in which the GPU waits for the host between steps, an upper bound (step_clock.py).
 breakdown  kernel times of a step, from the profiler (CUPTI), summed by operation.
 """
 
@@ -33,6 +33,7 @@ from nmoe_backend.types import PendingOutput, RankPlan, SamplingParams, SlotInit
 from perf import results
 from perf.bench_lmsys_decode import CONFIG, breakdown, built, measure, rates
 from perf.device_trace import trace
+from perf.step_clock import clocked_workers
 
 PARTS = ("goals", "decode", "long")
 LONG, LONG_CHUNK = 131072, 8192
@@ -105,10 +106,11 @@ def prefill_entry(worker: Worker, config: ServeConfig, tokens: int, args: argpar
     """Steps of so many tokens."""
     prompts = Prompts(worker, config, args.prompt)
     prompts.run(tokens, WARM_STEPS)
-    step_s = prompts.run(tokens, args.steps)
+    with clocked_workers() as clock:
+        step_s = prompts.run(tokens, args.steps)
     entry = {"tokens": tokens, "prompt": args.prompt} | rates(worker, tokens, step_s, args.nvlink)
+    entry["idle_share"] = clock.idle_share()
     traced = trace(lambda: prompts.run(tokens, TRACED_STEPS))
-    entry["idle_share"] = traced.idle_share()
     entry["operations_us"], entry["kernels_us"] = breakdown(traced, TRACED_STEPS)
     return entry
 
@@ -191,7 +193,7 @@ def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> d
             GOAL_IDLE_PERCENT,
             args,
             method=f"perf/bench_prefill.py: the worst of steps of {sizes} prefill tokens and of {DECODE_ROWS} decode "
-            f"rows at {DECODE_CONTEXT:,}; gaps of more than 10 us in the profiler's trace",
+            f"rows at {DECODE_CONTEXT:,}; waits for a launch, an upper bound (perf/step_clock.py)",
         )
     return lines
 

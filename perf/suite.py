@@ -46,6 +46,7 @@ class Benchmark:
 SUITES: Mapping[str, tuple[Benchmark, ...]] = {
     "quick": (
         Benchmark(name="lmsys_decode", goals=("P1", "P2")),
+        Benchmark(name="prefill", goals=("P3", "P7")),
         Benchmark(name="latency", arguments=("--parts", "decode"), goals=("P4", "P6", "P7_engine")),
     ),
     "full": (
@@ -54,6 +55,7 @@ SUITES: Mapping[str, tuple[Benchmark, ...]] = {
         Benchmark(
             name="lmsys_decode", arguments=("--parts", "goals", "batch", "context", "skew"), goals=("P1", "P2")
         ),
+        Benchmark(name="prefill", arguments=("--parts", "goals", "decode", "long"), goals=("P3", "P7")),
         Benchmark(
             name="latency", arguments=("--parts", "decode", "load", "cold", "capture"), goals=("P4", "P6", "P7_engine")
         ),
