@@ -104,6 +104,12 @@ def cuda_settings(environment: Mapping[str, str] | None = None) -> dict[str, str
     return {"CUDA_MODULE_LOADING": "EAGER"}
 
 
+def kernel_cache(folder: Path, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Where Triton-lang keeps compiled kernels, so that only the first start compiles. A folder of the user's stays."""
+    env = process_environment() if environment is None else environment
+    return {} if env.get("TRITON_CACHE_DIR") else {"TRITON_CACHE_DIR": str(folder / "kernels")}
+
+
 def cache_dir(environment: Mapping[str, str] | None = None) -> Path:
     """Where compiled kernels and prepared server folders live by default: $XDG_CACHE_HOME/nmoe or ~/.cache/nmoe."""
     env = process_environment() if environment is None else environment

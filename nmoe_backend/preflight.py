@@ -96,7 +96,8 @@ def require_machine(config: ServeConfig) -> None:
     """Raise a ConfigError with everything that keeps this config from running here. Allocates nothing."""
     dims = memory.model_dims(config)
     if config.device == "cuda":
-        for name, value in environ.cuda_settings().items():  # `nmoe serve` has set them, a bare tritonserver has not
+        settings = environ.cuda_settings()  # `nmoe serve` has set them, a bare tritonserver has not
+        for name, value in (settings | environ.kernel_cache(config.torch_extensions_dir)).items():
             environ.export(name, value)
         findings = check_gpus(config, dims, measure(gpu_ordinals(config)))
     else:

@@ -54,6 +54,11 @@ def test_cuda_settings_of_the_user_that_hang_ranks_are_refused() -> None:
         environ.cuda_settings({"CUDA_MODULE_LOADING": "LAZY"})
 
 
+def test_kernels_are_kept_beside_the_prepared_server_unless_the_user_says_where() -> None:
+    assert environ.kernel_cache(Path("/c/nmoe"), {}) == {"TRITON_CACHE_DIR": "/c/nmoe/kernels"}
+    assert environ.kernel_cache(Path("/c/nmoe"), {"TRITON_CACHE_DIR": "/elsewhere"}) == {}
+
+
 def test_a_childs_paths_are_put_in_front() -> None:
     child = environ.child_environment({"A": "1"}, {"PATH": "/x", "LD_LIBRARY_PATH": "/y"}, {"PATH": "/bin", "B": "2"})
     assert child == {"A": "1", "B": "2", "PATH": "/x:/bin", "LD_LIBRARY_PATH": "/y"}

@@ -137,6 +137,7 @@ def test_a_gpu_node_that_cannot_serve_says_why(case: str, tmp_path: Path, monkey
 def test_a_load_names_everything_that_is_wrong_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, _ = production(tmp_path, "num_pages = 20000")
     asked = []
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setattr(environ, "export", lambda name, value: asked.append({name: value}))
     monkeypatch.setattr(preflight, "measure", lambda ordinals: asked.append(ordinals) or facts)
     facts = node(*like_h200(capability=(8, 9)), no_peer_access=((2, 5), (5, 2)))
@@ -146,7 +147,8 @@ def test_a_load_names_everything_that_is_wrong_at_once(tmp_path: Path, monkeypat
         preflight.require_machine(config)
     facts = node(*[H200] * 8)
     preflight.require_machine(dataclasses.replace(config, num_pages=0))
-    assert asked == [{"CUDA_MODULE_LOADING": "EAGER"}, list(range(8))] * 2  # before CUDA starts
+    kernels = {"TRITON_CACHE_DIR": str(config.torch_extensions_dir / "kernels")}
+    assert asked == [{"CUDA_MODULE_LOADING": "EAGER"}, kernels, list(range(8))] * 2  # before CUDA starts
 
 
 def test_a_load_on_a_cpu_asks_for_the_hosts_memory(tiny: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
