@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 from nmoe_backend.types import PendingOutput, Rank, RankError, RankOutput, StepPlan
 
 _LOG = logging.getLogger(__name__)
+_HEARING_S = 1.0  # beyond the ranks' own waits: one that missed a peer says so first, and names it
 
 _Inbox = queue.SimpleQueue[StepPlan | None]  # None ends the thread
 _Result = tuple[int, int, PendingOutput | Exception]  # (rank, step, handle or what it raised)
@@ -47,7 +48,7 @@ class RankThreads:
 
     def collect(self, step_id: int) -> list[RankOutput]:
         """Every rank's output of a launched step. Raises RankError when one fails or the time is over."""
-        deadline_s = time.monotonic() + self._timeout_s
+        deadline_s = time.monotonic() + self._timeout_s + _HEARING_S
         handles = self._early.pop(step_id, {})
         while len(handles) < len(self._ranks):
             try:

@@ -105,6 +105,17 @@ class RankContext:
             raise self._failure(f"barrier {group.arrivals[self.rank]}") from None
         self._take_turn()
 
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Launch a captured step, inside `activate`; the ranks call it together. Raises like `barrier`.
+
+        Its kernels wait for the peers' and nobody launches before all are about to: a peer's thread that first had to
+        free memory, which its driver does only while no GPU that maps it is busy, would wait for a kernel that waits
+        for that peer.
+        """
+        if self.world_size > 1:
+            self.meet()
+        graph.replay()
+
     @property
     def timeout_s(self) -> float:
         """Bound on every wait for a peer."""

@@ -91,7 +91,7 @@ class StepGraphs:
         if graph is None:
             self._forward(bucket)
         else:
-            graph.replay()
+            self._context.replay(graph)
         num_sampled = sum(plan.samples)
         return Forward(hidden=self._hidden[: plan.num_tokens], logits=self._logits[:num_sampled])
 

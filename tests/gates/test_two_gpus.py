@@ -44,6 +44,7 @@ replica_id = 0
 gpus = {gpus}
 """
 ON_TWO, ON_ONE = [0, 1], [0, 0]
+Fault = Callable[[Worker, StepPlan], PendingOutput]
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +67,10 @@ class Faulty:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.fault: Callable[[StepPlan], PendingOutput] | None = None
+        self.fault: Fault | None = None
 
     def execute(self, plan: StepPlan) -> PendingOutput:
-        return self.worker.execute(plan) if self.fault is None else self.fault(plan)
+        return self.worker.execute(plan) if self.fault is None else self.fault(self.worker, plan)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.worker, name)
@@ -132,11 +133,13 @@ def test_two_thousand_decode_steps_on_two_gpus_repeat_bit_for_bit(checkpoint: Pa
     assert runs[0] == runs[1]
 
 
-def raises(_: StepPlan) -> PendingOutput:
+def raises(worker: Worker, plan: StepPlan) -> PendingOutput:
     raise ValueError("a bug in the middle of a step")
 
 
-def leaves_its_graph_out(plan: StepPlan) -> PendingOutput:
+def leaves_its_graph_out(worker: Worker, plan: StepPlan) -> PendingOutput:
+    with worker._context.activate():
+        worker._context.meet()  # as if to launch
     return Nothing(plan, 1)
 
 
@@ -144,22 +147,22 @@ class Hangs:
     def __init__(self) -> None:
         self.until = threading.Event()
 
-    def __call__(self, plan: StepPlan) -> PendingOutput:
+    def __call__(self, worker: Worker, plan: StepPlan) -> PendingOutput:
         assert self.until.wait(60.0)
-        return leaves_its_graph_out(plan)
+        return Nothing(plan, 1)
 
 
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
         (raises, "rank 1, step"),
-        (Hangs(), r"ranks [1] did not launch step"),
+        (Hangs(), "ranks [1] did not come within 6 s"),
         (leaves_its_graph_out, "rank 1 did not come to a barrier"),
     ],
     ids=["raises", "hangs", "leaves its graph out"],
 )
 def test_a_rank_that_dies_in_a_step_ends_the_other_within_the_bound(
-    checkpoint: Path, tmp_path: Path, fault: Callable[[StepPlan], PendingOutput], said: str
+    checkpoint: Path, tmp_path: Path, fault: Fault, said: str
 ) -> None:
     timeout_s = 6.0
     with engine_on(ON_TWO, checkpoint, tmp_path, timeout_s) as (engine, ranks):
