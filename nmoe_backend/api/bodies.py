@@ -25,9 +25,9 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 class JsonRoute(APIRoute):
     """A route that reads its body itself: endpoints with one are called as (body, request).
 
-    FastAPI knows the model for the document. Its own way to it, through a resolver of dependencies, a parser of mail
-    headers and a second look at every error, takes three times as long; and its JSON reader takes what orjson could not
-    write again: lone surrogates, NaN.
+    FastAPI knows the model for the document. Its own way to it is long (a resolver of dependencies, a parser of mail
+    headers, a second look at every error), and its JSON reader takes what orjson could not write again: lone
+    surrogates, NaN.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -202,7 +202,7 @@ class _Answer:
         return {**self._head, "choices": choices, "usage": self._usage.as_json()}
 
     async def events(self, deltas: Deltas) -> AsyncIterator[bytes]:
-        """The chunks of a streamed answer; those of one response of the engine leave together: a write costs 20 us."""
+        """The chunks of a streamed answer; those of one response of the engine leave together."""
         head = {**self._head, "object": "chat.completion.chunk"}
         options = self._body.stream_options
 

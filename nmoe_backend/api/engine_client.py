@@ -1,8 +1,8 @@
 """`deepseek_v3` over gRPC: one stream a generation, so that ending the stream cancels the generation.
 
 Owns the channels of one worker process and its event loop. The raw method and the generated messages are used:
-tritonclient's own client takes three times as long a response. Triton's method takes a stream of requests; one request
-and the half-close behind it leave as one operation here, which costs a third less than a stream that is kept open.
+tritonclient's own client takes three times as long a response. Triton's method takes a stream of requests: here the one
+request and the half-close behind it leave as one operation, and the server ends the stream behind the last response.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class ClientGone(Exception):
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, ResultT], limit_s: float | None = None) -> ResultT:
     """The result of `work`, which is cancelled when the client disconnects or the time is over (ClientGone).
 
-    In the task that calls, as asyncio.timeout does it: a task of its own would cost more than all that is awaited here.
+    In the task that calls, as asyncio.timeout does it.
     """
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
