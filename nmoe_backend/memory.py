@@ -232,10 +232,9 @@ def activation_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> i
     expert_pass = _EXPERT_PASS_ROWS * (3 * dims.moe_intermediate_size * compute + dims.hidden_size * (compute + 4))
     copies = _KERNEL_LOGIT_COPIES if runs_kernels(config, dims) else _LOGIT_COPIES
     logits = config.max_batch_size * dims.vocab_size * 4 * copies
-    bits = dims.vocab_size // 2  # four bitmasks: stop ids, bad words, a grammar's, what is left
-    sampler = config.max_batch_size * (
-        dims.vocab_size * 5 + bits + (config.max_seq_len + 1) * 8
-    )  # counts, mask, history
+    # Counts and mask of penalties; four bitmasks (stop ids, bad words, a grammar's, what is left); history.
+    slot = dims.vocab_size * 5 + dims.vocab_size // 2 + (config.max_seq_len + 1) * 8
+    sampler = config.max_batch_size * slot
     if runs_kernels(config, dims):
         scratch = _expert_window_bytes(config, dims, world_size) + _attention_scratch_bytes(config, dims)
         hidden = tokens_per_step(config) * dims.hidden_size * compute  # what a step's graph leaves for the rank
