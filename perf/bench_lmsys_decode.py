@@ -14,7 +14,7 @@ corrected  raw with NVLink put back, for loopback moves the exchange's bytes at 
            between two GPUs (nvlink.py) or, with --nvlink, each layer's bytes that would leave the GPU at so many GB/s
            less their time in HBM. Projected, as are all figures of eight GPUs.
 idle       share of the time in which the GPU waits for the host between steps, an upper bound (step_clock.py).
-breakdown  kernel times of a step, from the profiler (CUPTI), summed by operation.
+breakdown  what each kernel adds to a step, from the profiler (CUPTI), summed by operation: device_trace.py.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ OPERATIONS = (
     ("_expand_kernel", "keys expanded"),
     ("_gather_keys_kernel", "keys gathered"),
     ("_combine_kernel", "combine"),  # attention's merge of pieces has the same name: told apart by its grid's place
+    ("_absorb_kernel", "absorb products"),
+    ("_expand_kernel", "absorb products"),
     ("_gemm_kernel", "dense fp8 GEMMs"),
     ("_expert_kernel", "expert GEMMs"),
     ("_rms_norm", "norms"),
@@ -74,12 +76,9 @@ OPERATIONS = (
     ("_place_kernel", "expert row index"),
     ("_gather_kernel", "gather rows"),
     ("_give_back", "give back"),
-    ("_stats_kernel", "sampler"),
-    ("_draw_kernel", "sampler"),
-    ("_record_kernel", "sampler"),
-    ("nvjet", "bf16 matrix products (absorb, head)"),
-    ("gemm", "bf16 matrix products (absorb, head)"),
-    ("cutlass", "bf16 matrix products (absorb, head)"),
+    ("nvjet", "head"),
+    ("gemm", "head"),
+    ("cutlass", "head"),
 )
 
 
@@ -246,8 +245,7 @@ def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     def one(worker: Worker, config: ServeConfig, part: str, rows: int, context: int) -> dict[str, Any]:
         return {"part": part} | measure(worker, config, rows, context, args, is_goal=part in ("goals", "skew"))
 
-    how = {"deterministic": True} if args.deterministic else {}
-    short = ServeConfig.from_toml(CONFIG, how)
+    short = ServeConfig.from_toml(CONFIG)
     of_short = set(args.parts) - {"context"}
     if of_short:
         buckets = {*args.rows, *(BATCH_ROWS if "batch" in args.parts else ())}
@@ -257,7 +255,7 @@ def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     for rows in BATCH_ROWS if part == "batch" else args.rows:
                         yield one(worker, short, part, rows, args.context)
     if "context" in args.parts:
-        long = ServeConfig.from_toml(CONFIG, how | LONG_CONTEXTS)
+        long = ServeConfig.from_toml(CONFIG, LONG_CONTEXTS)
         shapes = [(rows_at(context, long), context) for context in CONTEXTS]
         with built(long, decode_steps({rows for rows, _ in shapes})) as worker:
             for rows, context in shapes:
@@ -290,7 +288,7 @@ def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> d
             continue
         name, goal, unit = GOALS[entry["rows"]]
         gpus = NODE_GPUS if "node" in unit else 1
-        lines[name + "_deterministic" * args.deterministic] = results.goal_line(
+        lines[name] = results.goal_line(
             round(entry["corrected_tok_s_gpu"] * gpus),
             unit,
             goal,
@@ -309,9 +307,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 32])
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument(
-        "--deterministic", action="store_true", help="against the TOML; the goals have other lines then"
-    )
     parser.add_argument("--nvlink", type=float, help="GB/s between two GPUs, instead of what was measured")
     results.add_arguments(parser)
     args = results.parse(parser, argv)

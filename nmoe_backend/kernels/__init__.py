@@ -4,4 +4,11 @@
 operation is tested against. Layers reach operations through `layers/ops.py` only.
 
 Modules named `*_gpu` and `*_sm90` need triton and are imported where the device is a GPU only.
+
+Kernels of a step start while the one ahead in the stream still runs (programmatic dependent launch, `launch_pdl`). Each
+calls `gdc_wait` before it reads what an earlier kernel wrote and before it writes at all: it returns when the kernel
+ahead has ended, which has waited in its turn. Before it lie addresses and what never changes during a step: weights,
+which must have been complete (a synchronisation, at load) before the first step. `gdc_launch_dependents`, always behind
+the kernel's own wait, lets the next one start early; kernels that fill every SM leave it out: the first SM that is free
+would take more than its share of the next kernel's programs.
 """

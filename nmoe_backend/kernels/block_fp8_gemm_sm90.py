@@ -7,8 +7,8 @@ what a quantiser writes a token; what lies past T in a row is never used, NaN in
 [ceil(N / 128), ceil(K / 128)] fp32 contiguous; out [T, N] bf16. K a multiple of 16, N of 8 (TMA strides).
 
 Numerics: the product of one block of 128 is summed in the tensor core (about 14 bits) and added to the fp32 sum with
-its two scales. A row's result depends neither on the other rows' values nor on timing; nor on T, unless the workspace
-allows cuts: a tile that is cut along k (below) is the sum of its pieces, in order, and T decides which tiles are.
+its two scales. Results depend on T, N and K, for a tile that is cut along k (below) is the sum of its pieces, in order;
+they don't depend on the other rows' values or on timing.
 
 Operands: the tensor core takes 64 rows of P and BLOCK_Q rows of Q. With many tokens P = x; with few P = w ("swap"),
 so that 16 tokens don't pay for 64. Each consumer warpgroup owns 64 rows of P; one warp feeds the TMA queue. KU products
@@ -41,6 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 BLOCK = 128
 MAX_SPLITS = 2
@@ -69,7 +70,6 @@ class GemmWorkspace:
 
     partials: Tensor
     counters: Tensor  # zero between launches
-    allows_cuts: bool
 
 
 # fmt: off
@@ -103,6 +103,20 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _load_weights(p_desc, q_desc, p_buf, q_buf, bar, p, q, k, stage, pred,
+                  BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, G: gl.constexpr):
+    SUBS: gl.constexpr = BLOCK_P // 64
+    for j in gl.static_range(G):
+        if SWAP:
+            for sub in gl.static_range(SUBS):
+                tma.async_copy_global_to_shared(p_desc, [p * BLOCK_P + sub * 64, (k * G + j) * 128], bar,
+                                                p_buf.index((stage * G + j) * SUBS + sub), pred=pred)
+        else:
+            tma.async_copy_global_to_shared(q_desc, [q * BLOCK_Q, (k * G + j) * 128], bar,
+                                            q_buf.index(stage * G + j), pred=pred)
+
+
+@gluon.jit
 def _load(p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_full, num_units,
           scale_stride,
           BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, KU: gl.constexpr,
@@ -110,6 +124,14 @@ def _load(p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q
     SUBS: gl.constexpr = BLOCK_P // 64
     G: gl.constexpr = 4 if KU == 4 else 1
     BYTES: gl.constexpr = G * ((BLOCK_P + BLOCK_Q) * 128 + s_buf.shape[1] * 4)
+    # Weights never change: those of the first stages are on their way before the kernel ahead has ended.
+    p, q, _tile_index, _split, begin, end = _tile(gl.program_id(0), num_p, num_q, num_k, num_full, SPLITS, GROUP)
+    ahead = gl.minimum((end - begin) * (KU // G), STAGES)
+    for s in range(ahead):
+        mbarrier.expect(full.index(s), BYTES)
+        _load_weights(p_desc, q_desc, p_buf, q_buf, full.index(s), p, q, begin * (KU // G) + s, s, True, BLOCK_P,
+                      BLOCK_Q, SWAP, G)
+    gdc_wait()
     stage = 0
     phase = 1
     for index in range(gl.program_id(0), num_units, gl.num_programs(0)):
@@ -118,14 +140,17 @@ def _load(p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q
         for k in range(begin * (KU // G), end * (KU // G)):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
-            mbarrier.expect(bar, BYTES)
-            for sub in gl.static_range(SUBS):
-                for j in gl.static_range(G):
-                    tma.async_copy_global_to_shared(p_desc, [p * BLOCK_P + sub * 64, (k * G + j) * 128], bar,
-                                                    p_buf.index((stage * G + j) * SUBS + sub))
+            mbarrier.expect(bar, BYTES, pred=ahead <= 0)
+            _load_weights(p_desc, q_desc, p_buf, q_buf, bar, p, q, k, stage, ahead <= 0, BLOCK_P, BLOCK_Q, SWAP, G)
+            ahead -= 1
             for j in gl.static_range(G):
-                tma.async_copy_global_to_shared(q_desc, [q * BLOCK_Q, (k * G + j) * 128], bar,
-                                                q_buf.index(stage * G + j))
+                if SWAP:
+                    tma.async_copy_global_to_shared(q_desc, [q * BLOCK_Q, (k * G + j) * 128], bar,
+                                                    q_buf.index(stage * G + j))
+                else:
+                    for sub in gl.static_range(SUBS):
+                        tma.async_copy_global_to_shared(p_desc, [p * BLOCK_P + sub * 64, (k * G + j) * 128], bar,
+                                                        p_buf.index((stage * G + j) * SUBS + sub))
                 tma.async_copy_global_to_shared(s_desc, [(k * G + j) * scale_stride + token], bar,
                                                 s_buf.index(stage * G + j))
             stage, phase = _next(stage, phase, STAGES)
@@ -184,6 +209,7 @@ def _consume(out_desc, ws, partials, counters, p_buf, q_buf, s_buf, out_buf, ful
     stage = 0
     phase = 0
     zero = gl.zeros([64, BLOCK_Q], gl.float32, mma)
+    gdc_wait()
     for index in range(gl.program_id(0), num_units, gl.num_programs(0)):
         p, q, tile, split, begin, end = _tile(index, num_p, num_q, num_k, num_full, SPLITS, GROUP)
         row = p * BLOCK_P + ME * 64
@@ -304,17 +330,16 @@ def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, partials, counters, num_p
 # fmt: on
 
 
-def gemm_workspace(device: torch.device, num_sms: int, *, allows_cuts: bool = True) -> GemmWorkspace:
+def gemm_workspace(device: torch.device, num_sms: int) -> GemmWorkspace:
     """Cut tiles are at most num_sms / 2, of at most two 64 x 128 pieces each: 8.7 MB on 132 SMs."""
     pieces = num_sms // 2 * 2
     return GemmWorkspace(
         partials=torch.empty(pieces * MAX_SPLITS * 64 * 128, dtype=torch.float32, device=device),
         counters=torch.zeros(pieces, dtype=torch.int32, device=device),
-        allows_cuts=allows_cuts,
     )
 
 
-def gemm_plan(num_tokens: int, n: int, k: int, num_sms: int, allows_cuts: bool = True) -> GemmPlan:
+def gemm_plan(num_tokens: int, n: int, k: int, num_sms: int) -> GemmPlan:
     """What won on an H200 (docs/kernels.md), as rules on how many tiles there are for how many SMs."""
     if num_tokens <= 64:
         shape = (64, max(16, triton.next_power_of_2(num_tokens)), True, 4)
@@ -331,8 +356,7 @@ def gemm_plan(num_tokens: int, n: int, k: int, num_sms: int, allows_cuts: bool =
     tiles = _num_tiles(num_p, block_p, num_q, block_q)
     tail = tiles % num_sms
     room = 2 if tiles > num_sms else 3  # a lone wave has nothing to hide the sum behind: cut only far below it
-    is_cut = allows_cuts and 0 < tail * room <= num_sms and block_p < 192 and k >= 2 * unroll * BLOCK
-    splits = MAX_SPLITS if is_cut else 1
+    splits = MAX_SPLITS if 0 < tail * room <= num_sms and block_p < 192 and k >= 2 * unroll * BLOCK else 1
     blocks_a_stage = 4 if unroll == 4 else 1
     stage_bytes = blocks_a_stage * ((block_p + block_q) * BLOCK + 4 * (max(32, block_q) if swap else 256)) + 16
     stages = min(16, (SHARED_BYTES - block_p * block_q * 2) // stage_bytes)
@@ -351,7 +375,7 @@ def block_fp8_gemm(
     _check(x, x_scales, w, w_scales, out)
     if num_tokens == 0:
         return
-    plan = gemm_plan(num_tokens, n, k, num_sms, workspace.allows_cuts)
+    plan = gemm_plan(num_tokens, n, k, num_sms)
     p, q = (w, x) if plan.swap else (x, w)
     num_p, num_q = -(-p.shape[0] // plan.block_p), -(-q.shape[0] // plan.block_q)
     tiles = num_p * num_q
@@ -369,7 +393,7 @@ def block_fp8_gemm(
         w_scales, workspace.partials, workspace.counters, num_p, num_q, -(-k // (BLOCK * plan.unroll)), num_full,
         num_units, stride, w_scales.stride(0), w_scales.shape[0], w_scales.shape[1], BLOCK_P=plan.block_p,
         BLOCK_Q=plan.block_q, SWAP=plan.swap, KU=plan.unroll, STAGES=plan.stages, SPLITS=plan.splits,
-        GROUP=plan.group, num_warps=4,
+        GROUP=plan.group, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 

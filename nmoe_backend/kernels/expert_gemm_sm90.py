@@ -42,6 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 BLOCK = 128
 _STAGES = 4
@@ -51,13 +52,13 @@ _SCALES = gl.NVMMASharedLayout(0, 32, 1)
 
 # fmt: off
 @gluon.jit
-def _tile(tiles, unit, NUM_N: gl.constexpr):
+def _tile(tiles, unit, NUM_N: gl.constexpr, CACHE: gl.constexpr):
     """Unit -> (expert, tile of columns, first row, row past the expert's last)."""
     info = tiles + unit // NUM_N * 4
-    expert = gl.load(info)
-    first = gl.load(info + 1)
-    begin = gl.load(info + 2)
-    end = gl.load(info + 3)
+    expert = gl.load(info, cache_modifier=CACHE)
+    first = gl.load(info + 1, cache_modifier=CACHE)
+    begin = gl.load(info + 2, cache_modifier=CACHE)
+    end = gl.load(info + 3, cache_modifier=CACHE)
     num = (end - begin + 127) // 128
     at = unit - first * NUM_N
     return expert, at // num, begin + at % num * 128, end
@@ -71,24 +72,45 @@ def _next(stage, phase, STEP: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _expect(bar, two, pred):
+    mbarrier.expect(bar, 256 * 128 + 64 * 128 + 512, pred=pred & (not two))
+    mbarrier.expect(bar, 256 * 128 + 128 * 128 + 512, pred=pred & two)
+
+
+@gluon.jit
+def _load_weights(w_desc, w_buf, bar, row, k, stage, pred, HALF: gl.constexpr):
+    tma.async_copy_global_to_shared(w_desc, [row, k * 128], bar, w_buf.index(stage * 2), pred=pred)
+    tma.async_copy_global_to_shared(w_desc, [row + HALF, k * 128], bar, w_buf.index(stage * 2 + 1), pred=pred)
+
+
+@gluon.jit
 def _load(x_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, scale_stride,
           NUM_N: gl.constexpr, NUM_K: gl.constexpr, EXPERT_ROWS: gl.constexpr, STEP: gl.constexpr, HALF: gl.constexpr,
           STAGES: gl.constexpr, PAIR: gl.constexpr):
     stage = 0
     phase = 1
-    num_units = gl.load(num_tiles) * NUM_N
+    # The weights of the first stages are on their way before the kernel ahead has ended. It lets others start only
+    # after those before it have ended (gdc_launch_dependents behind gdc_wait), so that the tiles are in L2 by now.
+    num_units = gl.load(num_tiles, cache_modifier=".cg") * NUM_N
+    ahead = 0
+    if gl.program_id(0) < num_units:
+        expert, n, row, end = _tile(tiles, gl.program_id(0), NUM_N, ".cg")
+        ahead += gl.minimum(NUM_K, STAGES)
+        for s in range(ahead):
+            _expect(full.index(s), end - row > 64, True)
+            _load_weights(w_desc, w_buf, full.index(s), expert * EXPERT_ROWS + n * STEP, s, s, True, HALF)
+    gdc_wait()
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        expert, n, row, end = _tile(tiles, unit, NUM_N)
+        expert, n, row, end = _tile(tiles, unit, NUM_N, "")
         w_row = expert * EXPERT_ROWS + n * STEP
         two = end - row > 64
         for k in range(NUM_K):
             if stage % PAIR == 0:
                 mbarrier.wait(empty.index(stage // PAIR), phase)
             bar = full.index(stage)
-            mbarrier.expect(bar, 256 * 128 + 64 * 128 + 512, pred=end - row <= 64)
-            mbarrier.expect(bar, 256 * 128 + 128 * 128 + 512, pred=two)
-            tma.async_copy_global_to_shared(w_desc, [w_row, k * 128], bar, w_buf.index(stage * 2))
-            tma.async_copy_global_to_shared(w_desc, [w_row + HALF, k * 128], bar, w_buf.index(stage * 2 + 1))
+            _expect(bar, two, ahead <= 0)
+            _load_weights(w_desc, w_buf, bar, w_row, k, stage, ahead <= 0, HALF)
+            ahead -= 1
             tma.async_copy_global_to_shared(x_desc, [row, k * 128], bar, x_buf.index(stage * 2))
             tma.async_copy_global_to_shared(x_desc, [row + 64, k * 128], bar, x_buf.index(stage * 2 + 1), pred=two)
             tma.async_copy_global_to_shared(s_desc, [k * scale_stride + row], bar, s_buf.index(stage))
@@ -118,9 +140,12 @@ def _consume(out, out_scales, ws, tiles, num_tiles, x_buf, s_buf, w_buf, full, e
     stage = 0
     phase = 0
     zero = gl.zeros([64, 128], gl.float32, mma)
+    gdc_wait()
+    if SWIGLU:
+        gdc_launch_dependents()
     num_units = gl.load(num_tiles) * NUM_N
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        expert, n, row, end = _tile(tiles, unit, NUM_N)
+        expert, n, row, end = _tile(tiles, unit, NUM_N, "")
         row += ME * 64
         ws_row = ws + (expert * EXPERT_ROWS + n * STEP) // 128 * NUM_K
         if row < end:
@@ -210,7 +235,7 @@ def expert_up(
     _expert_kernel[(num_sms,)](
         *_descriptors(x, x_scales, w13), w13_scales, h, h_scales, tiles, num_tiles, x_scales.stride(0),
         h_scales.stride(0), SWIGLU=True, NUM_N=i // BLOCK, NUM_K=d // BLOCK, EXPERT_ROWS=2 * i, STEP=BLOCK, HALF=i,
-        WIDTH=i, STAGES=_STAGES, PAIR=2 - d // BLOCK % 2, num_warps=4,
+        WIDTH=i, STAGES=_STAGES, PAIR=2 - d // BLOCK % 2, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -226,7 +251,7 @@ def expert_down(
     _expert_kernel[(num_sms,)](
         *_descriptors(h, h_scales, w2), w2_scales, y, y, tiles, num_tiles, h_scales.stride(0), 0, SWIGLU=False,
         NUM_N=d // (2 * BLOCK), NUM_K=i // BLOCK, EXPERT_ROWS=d, STEP=2 * BLOCK, HALF=BLOCK, WIDTH=d, STAGES=_STAGES,
-        PAIR=2 - i // BLOCK % 2, num_warps=4,
+        PAIR=2 - i // BLOCK % 2, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 

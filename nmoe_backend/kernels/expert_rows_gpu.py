@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 TILE_ROWS = 128
 ROW_ALIGN = 16
@@ -123,6 +124,8 @@ def _count_kernel(  # noqa: PLR0913
     chunk = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
     counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    gdc_wait()
+    gdc_launch_dependents()
     for block in range(chunk * (CHUNK // BLOCK), (chunk + 1) * (CHUNK // BLOCK)):
         ids, _at, _exists = _block_ids(ids_ptr, block, num_slots, step_tokens, T_CAP, TOP_K, BLOCK_K, BLOCK)
         counts += tl.sum((ids[:, None] == expert[None, :]).to(tl.int32), axis=0)
@@ -140,6 +143,8 @@ def _place_kernel(  # noqa: PLR0913
     expert = tl.arange(0, BLOCK_E)
     chunk = tl.arange(0, BLOCK_C)
     exists = (chunk < num_chunks)[:, None] & (expert < NUM_EXPERTS)[None, :]
+    gdc_wait()
+    gdc_launch_dependents()
     counts = tl.load(counts_ptr + chunk[:, None] * NUM_EXPERTS + expert[None, :], mask=exists, other=0)
     mine = program - num_chunks  # the window
     if not ONE_WINDOW:
@@ -194,6 +199,8 @@ def _gather_kernel(  # noqa: PLR0913
     T_CAP: tl.constexpr, TOP_K: tl.constexpr, WORDS: tl.constexpr, SCALES: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    gdc_wait()
+    gdc_launch_dependents()
     first, end = 0, num_slots
     if window_slots_ptr is not None:
         first, end = tl.load(window_slots_ptr), tl.load(window_slots_ptr + 1)
@@ -235,13 +242,13 @@ def expert_row_index(rows: ExpertRows, ids: Tensor, num_experts: int, step_token
     block_k, block_e = triton.next_power_of_2(top_k), max(16, triton.next_power_of_2(num_experts))
     _count_kernel[(num_chunks,)](
         ids, rows.counts, num_slots, step_tokens, max_tokens, top_k, block_k, chunk, _BLOCK, num_experts, block_e,
-        num_warps=4,
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip
     _place_kernel[(num_chunks + rows.num_windows,)](
         ids, rows.counts, rows.row_idx, rows.window_slots, rows.tiles, rows.num_tiles, rows.totals, num_slots,
         step_tokens, num_chunks, rows.window_rows, rows.tiles.shape[1], rows.num_windows == 1, max_tokens, top_k,
         block_k, chunk, _BLOCK, num_experts, block_e, max(16, triton.next_power_of_2(num_chunks)), TILE_ROWS, ROW_ALIGN,
-        num_warps=8,
+        num_warps=8, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -272,7 +279,7 @@ def gather_expert_rows(
     _gather_kernel[(min(num_slots, _GATHER_PROGRAMS),)](
         rows.row_idx, rows.slots_of(window), payload.view(torch.int32), scales, x.view(torch.int32), x_scales,
         num_slots, step_tokens, x_scales.stride(0), max_tokens, top_k, words, d // 128, triton.next_power_of_2(words),
-        triton.next_power_of_2(d // 128), triton.next_power_of_2(top_k), num_warps=4,
+        triton.next_power_of_2(d // 128), triton.next_power_of_2(top_k), num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 LATENT_DIM = 512
 ROPE_DIM = 64
@@ -139,11 +140,20 @@ def mla_decode(q: Tensor, cache: Tensor, block_tables: Tensor, plan: MlaDecodePl
         TILES=num_heads // HEAD_TILE,
         PAGE=page_size,
         num_warps=4,
+        launch_pdl=True,
     )
     if plan.partial.shape[0]:
         num_groups = num_rows * (num_heads // COMBINE_HEADS)
         _combine_kernel[(plan.num_programs * 4,)](
-            plan.partial, plan.lse, plan.row_slots, out, num_groups, H=num_heads, GROUP=COMBINE_HEADS, num_warps=4
+            plan.partial,
+            plan.lse,
+            plan.row_slots,
+            out,
+            num_groups,
+            H=num_heads,
+            GROUP=COMBINE_HEADS,
+            num_warps=4,
+            launch_pdl=True,
         )
 
 
@@ -247,6 +257,7 @@ def _scores_partition(  # noqa: PLR0913
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     rows_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    gdc_wait()
     num_work = gl.load(num_items_ptr) * TILES
     columns = gl.arange(0, _BLOCK, layout=gl.SliceLayout(0, layout))
     heads = gl.arange(0, _TILE, layout=rows_layout)
@@ -317,6 +328,7 @@ def _values_partition(  # noqa: PLR0913
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     rows_layout: gl.constexpr = gl.SliceLayout(1, layout)
     tail_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    gdc_wait()
     num_work = gl.load(num_items_ptr) * TILES
     heads = gl.arange(0, _TILE, layout=rows_layout)
     columns = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout)) + SIDE * HALF
@@ -462,6 +474,7 @@ def _combine_kernel(partial_ptr, lse_ptr, row_slots_ptr, out_ptr, num_groups, H:
     """Persistent: a program takes (row, GROUP heads) after another; sums chunks in their order."""
     columns = tl.arange(0, 512)
     lanes = tl.arange(0, GROUP)
+    gdc_wait()
     for work in range(tl.program_id(0), num_groups, tl.num_programs(0)):
         row = work // (H // GROUP)
         heads = (work % (H // GROUP)) * GROUP + lanes

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 BLOCK = 128
 INVERSE_MAX = 1.0 / 448.0  # e4m3's largest value
@@ -28,6 +29,8 @@ def _quantize_kernel(  # noqa: PLR0913
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    gdc_wait()
+    gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), axis=1), MIN_AMAX) * INVERSE_MAX
     values = x * tl.math.div_rn(tl.full((GROUPS,), 1.0, tl.float32), scale)[:, None]
@@ -50,7 +53,7 @@ def quantize_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
     if num_tokens:
         _quantize_kernel[(num_tokens, -(-num_groups // 16))](
             x, values, scales, x.stride(0), values.stride(0), scales.stride(0), k, 16, BLOCK, INVERSE_MAX, MIN_AMAX,
-            num_warps=4,
+            num_warps=4, launch_pdl=True,
         )  # fmt: skip
 
 

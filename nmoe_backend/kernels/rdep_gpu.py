@@ -37,6 +37,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _ALIGN = 256
 _COLUMNS = 2048  # of a row, that one program of give_back and combine adds up
@@ -134,6 +135,8 @@ def _dispatch_kernel(  # noqa: PLR0913
     part = tl.program_id(1)
     word = part * BLOCK_W + tl.arange(0, BLOCK_W)
     k = tl.arange(0, BLOCK_K)
+    gdc_wait()
+    gdc_launch_dependents()
     exists = token < tl.load(num_tokens_ptr)
     ids = tl.load(topk_ids_ptr + token * TOP_K + k, mask=exists & (k < TOP_K), other=-1)
     row = tl.load(x_ptr + token * x_stride + word, mask=exists & (word < WORDS), other=0)
@@ -176,6 +179,8 @@ def _give_back_kernel(  # noqa: PLR0913
     BLOCK_K: tl.constexpr,
     RETURN: tl.constexpr,
 ):
+    gdc_wait()
+    gdc_launch_dependents()
     first, end = 0, num_slots
     if window_slots_ptr is not None:
         first, end = tl.load(window_slots_ptr), tl.load(window_slots_ptr + 1)
@@ -223,6 +228,8 @@ def _combine_kernel(  # noqa: PLR0913
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_K)
+    gdc_wait()
+    gdc_launch_dependents()
     if token < tl.load(num_tokens_ptr):
         ids = tl.load(topk_ids_ptr + token * TOP_K + k, mask=k < TOP_K, other=-1)
         total = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -240,6 +247,8 @@ def _combine_kernel(  # noqa: PLR0913
 def _barrier_kernel(  # noqa: PLR0913
     arenas_ptr, slots_ptr, own_ptr, flags_at, epoch_at, error_at, max_spins, WORLD: tl.constexpr, BLOCK_R: tl.constexpr
 ):
+    gdc_wait()
+    gdc_launch_dependents()
     rank = tl.arange(0, BLOCK_R)
     is_rank = rank < WORLD
     own = own_ptr.to(tl.int64)
@@ -290,7 +299,7 @@ def rdep_dispatch(
         *((0, 0) if scales is None else scales.stride()), offsets["scales"], offsets["ids"], offsets["weights"],
         layout.max_tokens, layout.world_size, layout.num_local, layout.top_k, words.shape[1], layout.scales_per_row,
         _WORDS, triton.next_power_of_2(max(1, layout.scales_per_row)), triton.next_power_of_2(layout.top_k),
-        num_warps=4,
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -316,6 +325,7 @@ def rdep_give_back(
         rows, row_idx, window_slots, layout.views(peers.own)["weights"], peers.arenas, peers.slots,
         offsets["returned"], num_slots, step_tokens, layout.max_tokens, layout.top_k, layout.hidden_size, _COLUMNS,
         triton.next_power_of_2(layout.top_k), _TRITON_DTYPES[layout.return_dtype], num_warps=4,
+        launch_pdl=True,
     )  # fmt: skip
 
 
@@ -330,7 +340,7 @@ def rdep_combine(peers: RdepPeers, topk_ids: Tensor, num_tokens: Tensor, shared:
     _combine_kernel[(out.shape[0], triton.cdiv(layout.hidden_size, _COLUMNS))](
         layout.views(peers.own)["returned"], topk_ids, shared, out, num_tokens, layout.max_tokens, layout.world_size,
         layout.num_local, layout.top_k, layout.hidden_size, _COLUMNS, triton.next_power_of_2(layout.top_k),
-        num_warps=4 if out.shape[0] >= 128 else 8,
+        num_warps=4 if out.shape[0] >= 128 else 8, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -339,7 +349,7 @@ def rdep_barrier(peers: RdepPeers, max_spins: int) -> None:
     layout, offsets = peers.layout, peers.layout.offsets()
     _barrier_kernel[(1,)](
         peers.arenas, peers.slots, peers.own, offsets["flags"], offsets["epoch"], offsets["error"], max_spins,
-        layout.world_size, triton.next_power_of_2(layout.world_size), num_warps=1,
+        layout.world_size, triton.next_power_of_2(layout.world_size), num_warps=1, launch_pdl=True,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 GROUP = 128
 INVERSE_MAX = 1.0 / 448.0  # e4m3's largest value
@@ -55,6 +56,8 @@ def _rms_norm_kernel(  # noqa: PLR0913
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     mask = column < D
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
+    gdc_wait()
+    gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0)
     dtype = x.dtype
     x = x.to(tl.float32)
@@ -106,7 +109,7 @@ def rms_norm(
     _rms_norm_kernel[(num_tokens,)](
         x, weight, residual, out, values, scales, *(_row_stride(t) for t in (x, residual, out, values, scales)),
         0 if scales is None else scales.stride(1), eps, dim, groups, GROUP, INVERSE_MAX, MIN_AMAX,
-        num_warps=max(1, min(16, groups // 8)),
+        num_warps=max(1, min(16, groups // 8)), launch_pdl=True,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _HEADS = 32  # of one program
 
@@ -82,6 +83,8 @@ def _rope_cache_kernel(  # noqa: PLR0913
     INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    gdc_wait()
+    gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     turns = turns_ptr + tl.load(positions_ptr + token) * ROPE
     if tl.program_id(1) == 0:
@@ -133,5 +136,5 @@ def rope_cache(
     _rope_cache_kernel[(num_tokens, 1 + triton.cdiv(num_heads, _HEADS))](
         q, q_out, kv, weight, torch.view_as_real(rotation.turns), rotation.positions, cache, idx, *q.stride()[:2],
         *q_out.stride()[:2], kv.stride(0), num_heads, eps, latent_dim, rope_dim, rotation.interleaved, _HEADS,
-        num_warps=4,
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SPLITS = 16
 _MANY_TOKENS = 4096  # from here on the partial logits cost more than idle SMs
@@ -56,6 +57,8 @@ def _logits_kernel(  # noqa: PLR0913
     x_row = x_ptr + token.to(tl.int64)[:, None] * x_stride
     weight_row = parts_ptr + expert.to(tl.int64)[None, :] * D
     total = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
+    gdc_wait()
+    gdc_launch_dependents()
     for chunk in range(CHUNKS):
         begin = (split * CHUNKS + chunk) * CHUNK
         acc = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
@@ -99,11 +102,14 @@ def _router_kernel(  # noqa: PLR0913
     exists = (group[:, None] < GROUPS) & (member[None, :] < MEMBERS)
     mask = in_step[:, None, None] & exists[None]
     logit_ptrs = logits_ptr + token.to(tl.int64)[:, None, None] * (GROUPS * MEMBERS) + expert[None]
+    bias = tl.load(bias_ptr + expert, mask=exists, other=0.0)
+    gdc_wait()
+    gdc_launch_dependents()
     logits = tl.load(logit_ptrs, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
         logits += tl.load(logit_ptrs + split * split_stride, mask=mask, other=0.0)
     scores = 1.0 / (1.0 + tl.exp(-logits))
-    choice = scores + tl.load(bias_ptr + expert, mask=exists, other=0.0)[None]
+    choice = scores + bias[None]
     bits = choice.to(tl.int32, bitcast=True)
     keys = tl.where(exists[None], bits ^ ((bits >> 31) & 0x7FFFFFFF), _LOWEST)
     if GROUPS > 1:
@@ -177,7 +183,7 @@ def router_logits(x: Tensor, parts: Tensor) -> Tensor:
     if num_tokens:
         _logits_kernel[grid](
             x, parts, out, num_tokens, x.stride(0), num_experts, dim, num_parts, chunk, SPLITS // splits,
-            block_t, block_e, block_k, num_warps=4, num_stages=4,
+            block_t, block_e, block_k, num_warps=4, num_stages=4, launch_pdl=True,
         )  # fmt: skip
     return out
 
@@ -206,6 +212,6 @@ def router(
         _router_kernel[(num_tokens,)](
             logits, bias, ids, weights, num_tokens, logits.stride(0), scale, splits, num_groups, members, top_k,
             topk_groups, renormalize, 1, triton.next_power_of_2(num_groups), triton.next_power_of_2(members),
-            triton.next_power_of_2(top_k), num_warps=1,
+            triton.next_power_of_2(top_k), num_warps=1, launch_pdl=True,
         )  # fmt: skip
     return ids, weights

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 BLOCK = 128
 INVERSE_MAX = 1.0 / 448.0  # e4m3's largest value
@@ -32,6 +33,8 @@ def _swiglu_kernel(  # noqa: PLR0913
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = column < SIZE
+    gdc_wait()
+    gdc_launch_dependents()
     gate = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + SIZE + column, mask=mask, other=0.0).to(tl.float32)
     h = gate / (1.0 + tl.exp(-gate)) * up
@@ -56,7 +59,7 @@ def swiglu_rows(gate_up: Tensor, values: Tensor, scales: Tensor) -> None:
     if num_tokens:
         _swiglu_kernel[(num_tokens, triton.cdiv(size, _GROUPS * BLOCK))](
             gate_up, values, scales, gate_up.stride(0), values.stride(0), scales.stride(0), size, _GROUPS, BLOCK,
-            INVERSE_MAX, MIN_AMAX, num_warps=4,
+            INVERSE_MAX, MIN_AMAX, num_warps=4, launch_pdl=True,
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nmoe_backend.kernels.block_fp8 import Fp8Blocks
 from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm, gemm_workspace
+from nmoe_backend.kernels.mla_absorb_sm90 import absorb_queries, expand_values
 from nmoe_backend.kernels.mla_decode_sm90 import MlaDecodePlan, make_mla_decode_plan, mla_decode, plan_mla_decode
 from nmoe_backend.kernels.mla_prefill_sm90 import (
     MlaPrefillPlan,
@@ -37,18 +38,15 @@ from nmoe_backend.models.spec import MLASpec, RouterSpec
 
 GROUP = 128  # neighbours that share a scale
 PIECE_KEYS = 8192  # keys that prefill expands at once: 512 MB at 128 heads
-# Keys of a piece of a context in decode. Short pieces of many rows would send 268 MB of partial sums a layer through
-# memory; few rows leave SMs idle where a context is one piece, but what changes with the rows changes a row's bits.
-SPLIT, FEW_ROWS, FEW_ROWS_SPLIT = 4096, 64, 1024
+# Few rows leave SMs idle where a context is one piece; many would send 268 MB of partial sums a layer through memory.
+FEW_ROWS, FEW_ROWS_SPLIT, SPLIT = 64, 1024, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class HopperMLAWeights:
     spec: MLASpec
     kv_norm: Tensor
-    w_kv_b: Tensor  # [H, N + V, C]; the two below are views of it
-    w_uk: Tensor  # [H, N, C]
-    w_uv: Tensor  # [H, C, V]
+    w_kv_b: Tensor  # [H, N + V, C]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,20 +58,16 @@ class HopperMLAPlan:
 
 
 class HopperOps:
-    """`LayerOps` of one rank; its scratch serves one stream. Used by that rank's thread only.
-
-    `deterministic`: a row's bits depend on nothing but its own sequence: sums are cut alike in steps of any size.
-    """
+    """`LayerOps` of one rank; its scratch serves one stream. Used by that rank's thread only."""
 
     pads_steps = True
     captures = True
     has_sampler = True
 
-    def __init__(self, device: torch.device, num_sms: int, *, deterministic: bool) -> None:
+    def __init__(self, device: torch.device, num_sms: int) -> None:
         self._device = device
         self._num_sms = num_sms
-        self._deterministic = deterministic
-        self._workspace = gemm_workspace(device, num_sms, allows_cuts=not deterministic)
+        self._workspace = gemm_workspace(device, num_sms)
         self._shape: StepShape | None = None
         self._decode_plans: dict[tuple[int, int], MlaDecodePlan] = {}  # by heads and split
         self._prefill_plans: dict[int, MlaPrefillPlan] = {}  # by heads
@@ -118,9 +112,7 @@ class HopperOps:
         return router(logits, bias, spec.top_k, spec.num_groups, spec.topk_groups, spec.renormalize, spec.scale)
 
     def pack_mla(self, weights: MLAWeights) -> HopperMLAWeights:
-        nope = weights.spec.qk_nope_head_dim
-        w_uk, w_uv = weights.w_kv_b[:, :nope], weights.w_kv_b[:, nope:].transpose(1, 2)
-        return HopperMLAWeights(spec=weights.spec, kv_norm=weights.kv_norm, w_kv_b=weights.w_kv_b, w_uk=w_uk, w_uv=w_uv)
+        return HopperMLAWeights(spec=weights.spec, kv_norm=weights.kv_norm, w_kv_b=weights.w_kv_b)
 
     def plan_mla(self, batch: Batch, spec: MLASpec, rope_table: Tensor) -> HopperMLAPlan:
         decode = prefill = None
@@ -133,7 +125,7 @@ class HopperOps:
 
     def _decode_plan(self, num_rows: int, num_heads: int) -> MlaDecodePlan:
         shape = self._require_shape()
-        few = num_rows <= FEW_ROWS and not self._deterministic
+        few = num_rows <= FEW_ROWS
         split = FEW_ROWS_SPLIT if few else SPLIT
         rows = min(FEW_ROWS, shape.max_rows) if few else shape.max_rows
         if (num_heads, split) not in self._decode_plans:  # the first step of a kind, which warm-up runs
@@ -156,7 +148,6 @@ class HopperOps:
         spec, batch, num_tokens = weights.spec, plan.batch, q.shape[0]
         num_decode, nope, heads = batch.num_decode, spec.qk_nope_head_dim, spec.num_heads
         q = q.view(num_tokens, heads, nope + spec.qk_rope_head_dim)
-        out = torch.empty(num_tokens, heads, spec.v_head_dim, dtype=q.dtype, device=q.device)
         latent = torch.empty(
             num_decode, heads, spec.kv_lora_rank + spec.qk_rope_head_dim, dtype=q.dtype, device=q.device
         )
@@ -168,16 +159,19 @@ class HopperOps:
         for tokens, target in turns:
             rotation = Rotation(turns=plan.turns, positions=batch.positions[tokens], interleaved=spec.rope.interleaved)
             rope_cache(q[tokens, :, nope:], target, kv[tokens], kv_norm, rotation, cache, batch.cache_idx[tokens])
+        attended = torch.empty(num_decode, heads, spec.kv_lora_rank, dtype=q.dtype, device=q.device)
         if plan.decode is not None:
-            query = latent[..., : spec.kv_lora_rank].transpose(0, 1)
-            torch.bmm(q[decoded, :, :nope].transpose(0, 1), weights.w_uk, out=query)
-            attended = torch.empty(num_decode, heads, spec.kv_lora_rank, dtype=q.dtype, device=q.device)
+            absorb_queries(q[decoded], weights.w_kv_b, latent)
             mla_decode(latent, cache, batch.block_tables, plan.decode, attended, spec.softmax_scale)
-            torch.bmm(attended.transpose(0, 1), weights.w_uv, out=out[decoded].transpose(0, 1))
-        if plan.prefill is not None and batch.padded_prefill is not None:  # over what decode wrote for rows of its own
-            tables = batch.padded_prefill.tables
-            mla_prefill(q, cache, tables, weights.w_kv_b, plan.prefill, out, spec.softmax_scale)
         rows = _fp8_rows(num_tokens, heads * spec.v_head_dim, q.device)
+        if plan.prefill is None or batch.padded_prefill is None:
+            expand_values(attended, weights.w_kv_b, *rows.require_fp8())
+            return rows
+        out = torch.empty(num_tokens, heads, spec.v_head_dim, dtype=q.dtype, device=q.device)
+        w_uv = weights.w_kv_b[:, nope:].transpose(1, 2)
+        torch.bmm(attended.transpose(0, 1), w_uv, out=out[decoded].transpose(0, 1))
+        tables = batch.padded_prefill.tables  # over what decode wrote for rows of its own
+        mla_prefill(q, cache, tables, weights.w_kv_b, plan.prefill, out, spec.softmax_scale)
         quantize_rows(out.flatten(1), *rows.require_fp8())
         return rows
 

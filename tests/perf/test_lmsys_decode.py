@@ -15,6 +15,7 @@ import torch
 from nmoe_backend.config import ServeConfig
 from nmoe_backend.types import RankOutput, StepPlan
 from perf import bench_lmsys_decode as bench, results
+from perf.device_trace import added_us
 
 LOCAL, WORLD, TOP_K = 4, 2, 2
 
@@ -86,13 +87,7 @@ def test_the_quick_default_measures_both_goals(workers: list[FakeWorker], tmp_pa
         ("goals", 256, 2000),
         ("goals", 32, 2000),
     ]
-    assert made["results"][0]["operations_us"] == {"bf16 matrix products (absorb, head)": {"launches": 0.25, "us": 2.0}}
-
-
-def test_deterministic_sums_have_lines_of_their_own(workers: list[FakeWorker], tmp_path: Path) -> None:
-    run("--deterministic", "--output", str(tmp_path / "decode.json"))
-    made = json.loads((tmp_path / "decode.json").read_text())
-    assert set(made["goals"]) == {"P1_deterministic", "P2_deterministic"}
+    assert made["results"][0]["operations_us"] == {"head": {"launches": 0.25, "us": 2.0}}
 
 
 def test_positions_go_on_and_pages_are_announced_when_they_are_entered(workers: list[FakeWorker]) -> None:
@@ -127,3 +122,9 @@ def test_an_error_word_ends_the_run(workers: list[FakeWorker], monkeypatch: pyte
     monkeypatch.setattr(FakeWorker, "execute", lambda self, plan: bad)
     with pytest.raises(SystemExit, match="error word 0x3"):
         run()
+
+
+def test_a_kernel_counts_from_the_end_of_the_one_before_it() -> None:
+    """The first b waits inside a; the pause before c is the host's."""
+    spans = [("a", 0.0, 10.0), ("b", 1.0, 12.0), ("c", 50.0, 60.0), ("b", 61.0, 62.5)]
+    assert added_us(spans) == {"a": (1, 10.0), "b": (2, 2.0 + 2.5), "c": (1, 10.0)}
