@@ -87,6 +87,7 @@ class ServeConfig:
     num_pages: int  # 0: from free memory
     max_seq_len: int  # prompt + output tokens
     gpu_memory_utilization: float  # share of a GPU's memory that we may fill
+    deterministic: bool  # a request's bits do not depend on its neighbours in the batch; on the kernels
     itl_target_ms: float  # bound on a step in which somebody decodes
     max_queue_size: int
     rank_timeout_s: float
@@ -194,6 +195,7 @@ def _read(top: Table, model: Table, source: Path, env: Mapping[str, str]) -> Ser
         num_pages=top.integer("num_pages", 0),
         max_seq_len=top.integer("max_seq_len", low=2),
         gpu_memory_utilization=top.number("gpu_memory_utilization", 0.92, low=0.0, high=1.0, open_low=True),
+        deterministic=top.boolean("deterministic", True),
         itl_target_ms=top.number("itl_target_ms", 100.0, low=0.0, open_low=True),
         max_queue_size=top.integer("max_queue_size", 4096, low=1),
         rank_timeout_s=top.number("rank_timeout_s", 60.0, low=0.0, open_low=True),

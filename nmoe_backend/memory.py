@@ -26,7 +26,7 @@ _EXPERT_PASS_ROWS = 8192  # rows that one pass of the grouped GEMMs takes, whate
 # Of the kernels for Hopper GPUs (layers/hopper_ops.py, hopper_exchange.py, kernels/expert_rows_gpu.py):
 _WINDOW_ROWS, _WINDOW_SLACK = 16384, 2048  # received choices of one pass of the expert GEMMs; a chunk that may overhang
 _PIECE_KEYS = 8192  # keys that prefill expands at once
-_DECODE_SPLITS = ((64, 1024), (0, 4096))  # rows (0: all), keys of a piece
+_DECODE_SPLIT, _FEW_ROWS, _FEW_ROWS_SPLIT = 4096, 64, 1024  # keys of a piece of a context
 _LOGIT_COPIES = 3  # raw logits, edited logits, the plain sampler's sorted copy; fp32
 _KERNEL_LOGIT_COPIES = 4  # raw logits, edited logits, candidates' logits and ids; 4 bytes each
 
@@ -210,8 +210,8 @@ def _attention_scratch_bytes(config: ServeConfig, dims: ModelDims) -> int:
     """Kernels only: partial results of contexts in several pieces, expanded keys and running sums of prefill; fp32."""
     heads, partials = dims.num_attention_heads, 0
     in_pages = config.num_pages * config.kv_layout.page_size + 128 * config.max_batch_size  # each in whole blocks
-    for most, split in _DECODE_SPLITS:
-        rows = min(most or config.max_batch_size, config.max_batch_size)
+    few = [] if config.deterministic else [(min(_FEW_ROWS, config.max_batch_size), _FEW_ROWS_SPLIT)]
+    for rows, split in [(config.max_batch_size, _DECODE_SPLIT), *few]:
         keys = rows * config.max_seq_len
         if config.num_pages:
             keys = min(keys, in_pages)
@@ -232,10 +232,9 @@ def activation_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> i
     expert_pass = _EXPERT_PASS_ROWS * (3 * dims.moe_intermediate_size * compute + dims.hidden_size * (compute + 4))
     copies = _KERNEL_LOGIT_COPIES if runs_kernels(config, dims) else _LOGIT_COPIES
     logits = config.max_batch_size * dims.vocab_size * 4 * copies
-    bits = dims.vocab_size // 2  # four bitmasks: stop ids, bad words, a grammar's, what is left
-    sampler = config.max_batch_size * (
-        dims.vocab_size * 5 + bits + (config.max_seq_len + 1) * 8
-    )  # counts, mask, history
+    # Counts and mask of penalties; four bitmasks (stop ids, bad words, a grammar's, what is left); history.
+    slot = dims.vocab_size * 5 + dims.vocab_size // 2 + (config.max_seq_len + 1) * 8
+    sampler = config.max_batch_size * slot
     if runs_kernels(config, dims):
         scratch = _expert_window_bytes(config, dims, world_size) + _attention_scratch_bytes(config, dims)
         hidden = tokens_per_step(config) * dims.hidden_size * compute  # what a step's graph leaves for the rank

@@ -23,6 +23,7 @@ from nmoe_backend import environ, memory, preflight
 from nmoe_backend.config import ReplicaConfig, ServeConfig, engine_limits
 from nmoe_backend.engine import Engine
 from nmoe_backend.layers.context import LayerContext
+from nmoe_backend.layers.table import TableRequest
 from nmoe_backend.model import DecoderModel
 from nmoe_backend.models import load_spec
 from nmoe_backend.models.checkpoint import Checkpoint
@@ -141,15 +142,15 @@ def _load_model(
     config: ServeConfig, replica: ReplicaConfig, spec: ModelSpec, context: RankContext, dtype: torch.dtype, load: Load
 ) -> DecoderModel:
     keep_quantized = config.device == "cuda"  # dequantised, DeepSeek-V3 would fit no GPU; memory.py counts the same way
-    layer_context = LayerContext.create(
-        context,
-        spec,
-        memory.tokens_per_step(config),
-        dtype,
+    request = TableRequest(
+        spec=spec,
+        max_tokens=memory.tokens_per_step(config),
+        dtype=dtype,
         keep_quantized=keep_quantized,
         loopback_ranks=replica.loopback_ranks,
-        switches=environ.debug_switches(),
+        deterministic=config.deterministic,
     )
+    layer_context = LayerContext.create(context, request, environ.debug_switches())
     weights = load(
         rank=context.rank,
         world_size=replica.expert_ranks,

@@ -40,7 +40,7 @@ GEMM_SHAPES = ((2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 
 GEMM_TOKENS = (32, 128, 256, 4096)
 EXPERT_TOKENS = (32, 256, 512, 4096)  # of a rank: 8, 64, 128 and 1,024 rows an expert
 SMALL_TOKENS = (32, 256, 4096)
-DEVICE = "cuda"
+DEVICE = "cuda:0"
 
 
 @dataclass(frozen=True, kw_only=True)

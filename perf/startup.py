@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -60,17 +61,25 @@ def capture(config_path: Path) -> dict[str, Any]:
     """Seconds in which all ranks of a replica capture their graphs, each from its own thread.
 
     Virtual ranks capture nothing in service, because their graphs could not run: a kernel that spins on a peer would
-    keep it from running. A capture runs no kernel, so here they do.
+    keep it from running. A capture runs no kernel, so here they do. Ranks that share a device must not wait for it
+    while another one captures, so they also meet before.
     """
     from nmoe_backend import models, warmup
     from nmoe_backend.parallel.ranks import RankContext
+    from nmoe_backend.runtime import graphs, sampler_kernels, step_graphs
+
+    def meet_first(context: RankContext, *args: Any) -> Any:
+        context.meet()
+        return graphs.capture(context, *args)
 
     lines: list[str] = []
     config = ServeConfig.from_toml(config_path)
     spec = models.load_spec(config.model_path)
-    with mock.patch.object(RankContext, "has_own_device", True):
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(RankContext, "has_own_device", True))
+        for module in (step_graphs, sampler_kernels):
+            patches.enter_context(mock.patch.object(module, "capture", meet_first))
         workers, _ = warmup.build_workers(config, config.replicas[0], spec, lines.append)
-    num_graphs = sum(" rows" in line or " tokens" in line for line in lines)
     for worker in workers:
         worker.close()
-    return {"ranks": len(workers), "graphs_a_rank": num_graphs, "layers": len(spec.layers), "stages_s": stages(lines)}
+    return {"ranks": len(workers), "layers": len(spec.layers), "stages_s": stages(lines)}

@@ -7,8 +7,8 @@ what a quantiser writes a token; what lies past T in a row is never used, NaN in
 [ceil(N / 128), ceil(K / 128)] fp32 contiguous; out [T, N] bf16. K a multiple of 16, N of 8 (TMA strides).
 
 Numerics: the product of one block of 128 is summed in the tensor core (about 14 bits) and added to the fp32 sum with
-its two scales. Results depend on T, N and K, for a tile that is cut along k (below) is the sum of its pieces, in order;
-they don't depend on the other rows' values or on timing.
+its two scales. A row's result depends neither on the other rows' values nor on timing; nor on T, unless the workspace
+allows cuts: a tile that is cut along k (below) is the sum of its pieces, in order, and T decides which tiles are.
 
 Operands: the tensor core takes 64 rows of P and BLOCK_Q rows of Q. With many tokens P = x; with few P = w ("swap"),
 so that 16 tokens don't pay for 64. Each consumer warpgroup owns 64 rows of P; one warp feeds the TMA queue. KU products
@@ -70,6 +70,7 @@ class GemmWorkspace:
 
     partials: Tensor
     counters: Tensor  # zero between launches
+    allows_cuts: bool
 
 
 # fmt: off
@@ -330,16 +331,17 @@ def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, partials, counters, num_p
 # fmt: on
 
 
-def gemm_workspace(device: torch.device, num_sms: int) -> GemmWorkspace:
+def gemm_workspace(device: torch.device, num_sms: int, *, allows_cuts: bool = True) -> GemmWorkspace:
     """Cut tiles are at most num_sms / 2, of at most two 64 x 128 pieces each: 8.7 MB on 132 SMs."""
     pieces = num_sms // 2 * 2
     return GemmWorkspace(
         partials=torch.empty(pieces * MAX_SPLITS * 64 * 128, dtype=torch.float32, device=device),
         counters=torch.zeros(pieces, dtype=torch.int32, device=device),
+        allows_cuts=allows_cuts,
     )
 
 
-def gemm_plan(num_tokens: int, n: int, k: int, num_sms: int) -> GemmPlan:
+def gemm_plan(num_tokens: int, n: int, k: int, num_sms: int, allows_cuts: bool = True) -> GemmPlan:
     """What won on an H200 (docs/kernels.md), as rules on how many tiles there are for how many SMs."""
     if num_tokens <= 64:
         shape = (64, max(16, triton.next_power_of_2(num_tokens)), True, 4)
@@ -356,7 +358,8 @@ def gemm_plan(num_tokens: int, n: int, k: int, num_sms: int) -> GemmPlan:
     tiles = _num_tiles(num_p, block_p, num_q, block_q)
     tail = tiles % num_sms
     room = 2 if tiles > num_sms else 3  # a lone wave has nothing to hide the sum behind: cut only far below it
-    splits = MAX_SPLITS if 0 < tail * room <= num_sms and block_p < 192 and k >= 2 * unroll * BLOCK else 1
+    is_cut = allows_cuts and 0 < tail * room <= num_sms and block_p < 192 and k >= 2 * unroll * BLOCK
+    splits = MAX_SPLITS if is_cut else 1
     blocks_a_stage = 4 if unroll == 4 else 1
     stage_bytes = blocks_a_stage * ((block_p + block_q) * BLOCK + 4 * (max(32, block_q) if swap else 256)) + 16
     stages = min(16, (SHARED_BYTES - block_p * block_q * 2) // stage_bytes)
@@ -375,7 +378,7 @@ def block_fp8_gemm(
     _check(x, x_scales, w, w_scales, out)
     if num_tokens == 0:
         return
-    plan = gemm_plan(num_tokens, n, k, num_sms)
+    plan = gemm_plan(num_tokens, n, k, num_sms, workspace.allows_cuts)
     p, q = (w, x) if plan.swap else (x, w)
     num_p, num_q = -(-p.shape[0] // plan.block_p), -(-q.shape[0] // plan.block_q)
     tiles = num_p * num_q

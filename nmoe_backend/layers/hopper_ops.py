@@ -38,8 +38,9 @@ from nmoe_backend.models.spec import MLASpec, RouterSpec
 
 GROUP = 128  # neighbours that share a scale
 PIECE_KEYS = 8192  # keys that prefill expands at once: 512 MB at 128 heads
-# Few rows leave SMs idle where a context is one piece; many would send 268 MB of partial sums a layer through memory.
-FEW_ROWS, FEW_ROWS_SPLIT, SPLIT = 64, 1024, 4096
+# Keys of a piece of a context in decode. Short pieces of many rows would send 268 MB of partial sums a layer through
+# memory; few rows leave SMs idle where a context is one piece, but what changes with the rows changes a row's bits.
+SPLIT, FEW_ROWS, FEW_ROWS_SPLIT = 4096, 64, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +59,20 @@ class HopperMLAPlan:
 
 
 class HopperOps:
-    """`LayerOps` of one rank; its scratch serves one stream. Used by that rank's thread only."""
+    """`LayerOps` of one rank; its scratch serves one stream. Used by that rank's thread only.
+
+    `deterministic`: a row's bits depend on nothing but its own sequence: sums are cut alike in steps of any size.
+    """
 
     pads_steps = True
     captures = True
     has_sampler = True
 
-    def __init__(self, device: torch.device, num_sms: int) -> None:
+    def __init__(self, device: torch.device, num_sms: int, *, deterministic: bool) -> None:
         self._device = device
         self._num_sms = num_sms
-        self._workspace = gemm_workspace(device, num_sms)
+        self._deterministic = deterministic
+        self._workspace = gemm_workspace(device, num_sms, allows_cuts=not deterministic)
         self._shape: StepShape | None = None
         self._decode_plans: dict[tuple[int, int], MlaDecodePlan] = {}  # by heads and split
         self._prefill_plans: dict[int, MlaPrefillPlan] = {}  # by heads
@@ -125,7 +130,7 @@ class HopperOps:
 
     def _decode_plan(self, num_rows: int, num_heads: int) -> MlaDecodePlan:
         shape = self._require_shape()
-        few = num_rows <= FEW_ROWS
+        few = num_rows <= FEW_ROWS and not self._deterministic
         split = FEW_ROWS_SPLIT if few else SPLIT
         rows = min(FEW_ROWS, shape.max_rows) if few else shape.max_rows
         if (num_heads, split) not in self._decode_plans:  # the first step of a kind, which warm-up runs

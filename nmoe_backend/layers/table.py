@@ -21,6 +21,7 @@ from nmoe_backend.parallel.ranks import RankContext
 from nmoe_backend.parallel.rdep import Rdep, RdepShape
 from nmoe_backend.types import ConfigError
 
+PASS_ROWS = 512  # rows of an expert pass: 512 rows of DeepSeek-V3's widest intermediate are 16 MB in fp32
 _MLA_DIMS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
 
@@ -29,11 +30,12 @@ class TableRequest:
     """What the choice depends on beside the device, and the sizes of what the table allocates at once."""
 
     spec: ModelSpec
-    max_tokens: int
-    dtype: torch.dtype
-    keep_quantized: bool
-    loopback_ranks: int
-    pass_rows: int
+    max_tokens: int  # that a rank feeds in one step at most: max_batch_size + max_prefill_tokens
+    dtype: torch.dtype  # of the computation
+    keep_quantized: bool = False  # what `load_rank_weights` was told
+    loopback_ranks: int = 0  # that this lone one stands for; 0: it is what it is
+    deterministic: bool = True  # see HopperOps
+    pass_rows: int = PASS_ROWS
 
 
 def hopper_misfit(spec: ModelSpec, dtype: torch.dtype, keep_quantized: bool) -> str:
@@ -90,7 +92,7 @@ def _hopper(rank: RankContext, request: TableRequest, switches: DebugSwitches) -
     from nmoe_backend.layers.hopper_ops import HopperOps
 
     num_sms = torch.cuda.get_device_properties(rank.device).multi_processor_count
-    ops = HopperOps(rank.device, num_sms)
+    ops = HopperOps(rank.device, num_sms, deterministic=request.deterministic)
     exchange = build_exchange(rank, request.spec, request.max_tokens, request.loopback_ranks, num_sms)
     return checked(ops, switches), exchange
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nmoe_backend.layers.context import LayerContext
+from nmoe_backend.layers.table import TableRequest
 from nmoe_backend.model import DecoderModel
 from nmoe_backend.models import load_spec
 from nmoe_backend.models.checkpoint import Checkpoint
@@ -254,6 +255,7 @@ class Replica:
         pass_rows: int = 512,
         limits: EngineLimits | None = None,
         keep_quantized: bool = False,
+        deterministic: bool = True,
         buckets: Sequence[Bucket] = (),
         capture: bool = True,
         make_sampler: Callable[..., Any] | None = None,
@@ -266,9 +268,15 @@ class Replica:
         self.samplers, self.layer_contexts, self.workers, self.weights = [], [], [], []
         max_tokens = self.limits.max_batch_size + self.limits.max_prefill_tokens
         for context in self.contexts:
-            layer_context = LayerContext.create(
-                context, self.spec, max_tokens, dtype, keep_quantized=keep_quantized, pass_rows=pass_rows
+            request = TableRequest(
+                spec=self.spec,
+                max_tokens=max_tokens,
+                dtype=dtype,
+                keep_quantized=keep_quantized,
+                deterministic=deterministic,
+                pass_rows=pass_rows,
             )
+            layer_context = LayerContext.create(context, request)
             weights = self._load(source, context, dtype, keep_quantized)
             decoder = DecoderModel(self.spec, weights, layer_context)
             cache = KVCache(self.spec, self.limits.num_pages, self.page_size, dtype, context.device)
@@ -339,13 +347,15 @@ class Driver:
         count = replica.limits.num_pages
         self._free = [torch.randperm(count, generator=generator).tolist() for _ in replica.workers]
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, chunk: int = 10**6) -> list[Generated]:
-        """Prompt i runs on rank i % world. Prompts whose turn has not come start later: one new prompt a step."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, chunk: int = 10**6, *, starts: int = 1
+    ) -> list[Generated]:
+        """Prompt i runs on rank i % world. Prompts whose turn has not come start later: `starts` new ones a step."""
         world = len(self._replica.workers)
         running = [_Running(i // world, i % world, list(prompt)) for i, prompt in enumerate(prompts)]
         num_started = 0
         while any(len(seq.tokens) < num_tokens for seq in running):
-            num_started = min(num_started + 1, len(running))
+            num_started = min(num_started + starts, len(running))
             live = [seq for seq in running[:num_started] if len(seq.tokens) < num_tokens]
             rows = [[seq for seq in live if seq.rank == rank] for rank in range(world)]
             for ranked in rows:

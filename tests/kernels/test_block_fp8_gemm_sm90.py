@@ -112,6 +112,25 @@ def test_a_row_does_not_depend_on_the_other_rows():
     assert torch.equal(_gemm((x, scales, w, w_scales))[11], _gemm((others[0], others[1], w, w_scales))[11])
 
 
+@pytest.mark.parametrize(("n", "k"), [(2112, 7168), (36864, 7168), (7168, 16384)], ids=str)
+def test_without_cuts_a_row_does_not_depend_on_the_number_of_rows(n, k):
+    """Every tile shape, both orders of the operands."""
+    from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm, gemm_plan, gemm_workspace
+
+    x, scales, w, w_scales = _operands(1030, n, k)
+    workspace = gemm_workspace(DEVICE, NUM_SMS, allows_cuts=False)
+    results, shapes = {}, set()
+    for num_tokens in (1030, 1, 16, 31, 64, 65, 100, 128, 200, 256, 400, 512, 768):
+        plan = gemm_plan(num_tokens, n, k, NUM_SMS, allows_cuts=False)
+        shapes.add((plan.block_p, plan.block_q, plan.swap))
+        out = torch.empty(num_tokens, n, device=DEVICE, dtype=torch.bfloat16)
+        rows = x[-num_tokens:], scales[:, 1030 - num_tokens : 1030].contiguous(), w, w_scales
+        block_fp8_gemm(*rows, out, workspace, NUM_SMS)
+        results[num_tokens] = out
+    assert len(shapes) >= 5
+    assert [t for t, out in results.items() if not torch.equal(out, results[1030][-t:])] == []
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(1, 7168), (33, 1536), (300, 16384), (7, 200)], ids=str)
 def test_the_quantiser_equals_its_reference(shape, dtype):

@@ -90,6 +90,12 @@ def test_the_quick_default_measures_both_goals(workers: list[FakeWorker], tmp_pa
     assert made["results"][0]["operations_us"] == {"head": {"launches": 0.25, "us": 2.0}}
 
 
+def test_deterministic_sums_have_lines_of_their_own(workers: list[FakeWorker], tmp_path: Path) -> None:
+    run("--deterministic", "--output", str(tmp_path / "decode.json"))
+    made = json.loads((tmp_path / "decode.json").read_text())
+    assert set(made["goals"]) == {"P1_deterministic", "P2_deterministic"}
+
+
 def test_positions_go_on_and_pages_are_announced_when_they_are_entered(workers: list[FakeWorker]) -> None:
     run("--rows", "3", "--context", "130")
     plans = [plan.ranks[0] for plan in workers[0].plans]

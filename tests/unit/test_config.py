@@ -145,6 +145,7 @@ BAD_VALUES = {
     "dtype = 'bf16'": "dtype is 'bf16', needs one of auto, float32, bfloat16. Did you mean 'bfloat16'",
     "host = ''": "host is '', needs a string that is not empty",
     "allow_stop_by_id = 'no'": "allow_stop_by_id is 'no', needs true or false",
+    "deterministic = 1": "deterministic is 1, needs true or false",
     "model_family = 'llama'": "model_family is 'llama', needs one of deepseek",
     "kv_layout = 3": "kv_layout is 3, not a table",
     "benchmark = 3": "benchmark is 3, not a table",
