@@ -28,6 +28,7 @@ import grpc
 import grpc.experimental.gevent
 import requests
 from locust import User, events, task
+from tritonclient.grpc import service_pb2
 
 from nmoe_backend.api.engine_client import decode_response, encode_request
 from perf.lengths import Lengths, words
@@ -146,11 +147,12 @@ class Grpc(Asking):
         """How many have come."""
         inputs = {"input_ids": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
         message = encode_request(inputs, ("output_ids", "finish_reason"), "")
-        metadata = (("triton_grpc_error", "true"),)  # a status instead of a text within a response
-        call = self.channel.stream_stream(STREAM_INFER)(iter([message]), timeout=LIMIT_S, metadata=metadata)
         num_tokens = 0
-        for raw in call:
-            num_tokens += len(decode_response(raw).output_ids)
+        for raw in self.channel.stream_stream(STREAM_INFER)(iter([message]), timeout=LIMIT_S):
+            response = service_pb2.ModelStreamInferResponse.FromString(raw)
+            if response.error_message:
+                raise ValueError(response.error_message)
+            num_tokens += len(decode_response(response.infer_response).output_ids)
             yield num_tokens
 
 

@@ -20,7 +20,7 @@ import grpc.aio
 import numpy as np
 from tritonclient.grpc import service_pb2
 
-from nmoe_backend.api.errors import of_engine
+from nmoe_backend.api.errors import of_connection, of_engine
 from nmoe_backend.contract_inputs import INPUTS, NUMPY_TYPES
 
 MODEL = "deepseek_v3"
@@ -39,8 +39,6 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
-# A status instead of an error text within a response: the server then ends the stream, which is one request's own.
-_METADATA = (("triton_grpc_error", "true"),)
 _COUNTS = ("num_input_tokens", "num_output_tokens", "num_cached_tokens")
 # W3C trace context of the HTTP request that this task answers; Triton joins its spans, and so the engine's, to it
 TRACEPARENT: ContextVar[str] = ContextVar("traceparent", default="")
@@ -105,11 +103,15 @@ class EngineClient:
                 raw = await call.read()
                 if raw is grpc.aio.EOF:
                     raise await _unexpected_end(call)
-                delta = decode_response(raw)
+                answer = service_pb2.ModelStreamInferResponse.FromString(raw)
+                if answer.error_message:
+                    ended = True
+                    raise of_engine(answer.error_message)
+                delta = decode_response(answer.infer_response)
                 ended = bool(delta.finish_reason)
                 yield delta
         except grpc.aio.AioRpcError as error:
-            raise of_engine(error) from error
+            raise of_connection(error) from error
         finally:
             self._num_live -= 1
             if ended:  # the server ends it; a cancellation that meets the last response would leak the request there
@@ -120,8 +122,11 @@ class EngineClient:
 
 
 def _metadata() -> tuple[tuple[str, str], ...]:
+    # Not triton_grpc_error, which would make errors a status of the call: this server then mistakes the end of the call
+    # for a cancellation ("HandleCancellation called even when the context was not cancelled") and, in one refusal of
+    # some hundreds, dies of it (signal 11).
     traceparent = TRACEPARENT.get()
-    return (*_METADATA, ("traceparent", traceparent)) if traceparent else _METADATA
+    return (("traceparent", traceparent),) if traceparent else ()
 
 
 def encode_request(inputs: dict[str, Any], outputs: Sequence[str], request_id: str) -> bytes:
@@ -137,9 +142,8 @@ def encode_request(inputs: dict[str, Any], outputs: Sequence[str], request_id: s
     return bytes(request.SerializeToString())
 
 
-def decode_response(raw: bytes) -> Delta:
-    """The values of one ModelStreamInferResponse."""
-    response = service_pb2.ModelStreamInferResponse.FromString(raw).infer_response
+def decode_response(response: service_pb2.ModelInferResponse) -> Delta:
+    """The values of one response."""
     delta = Delta()
     for output, content in zip(response.outputs, response.raw_output_contents, strict=True):
         name = output.name

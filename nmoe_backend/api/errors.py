@@ -1,7 +1,6 @@
 """What goes wrong, as OpenAI's clients expect it: a status and `{"error": {message, type, param, code}}`.
 
-The engine's errors arrive as gRPC status and text; the text begins with the kind (`overloaded: ...`), because several
-kinds share a status.
+The engine's errors arrive as text that begins with the kind (`overloaded: ...`).
 """
 
 from __future__ import annotations
@@ -84,19 +83,24 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body is too large, need at most {limit} bytes. Send less, or raise max_request_bytes.")
 
 
-def of_engine(error: grpc.aio.AioRpcError) -> ApiError:
-    """What the model answered, or that nobody did. INVALID texts begin with the parameter's name where there is one."""
-    text = error.details() or ""
+def of_engine(text: str) -> ApiError:
+    """What the model answered. INVALID texts begin with the parameter's name where there is one."""
     word, colon, message = text.partition(": ")
     kind = next((kind for kind in ErrorKind if colon and word == kind.value), None)
-    if kind is not None:
-        if kind is ErrorKind.NOT_FOUND:  # the only thing that a request can name
-            return ApiError(404, message, param="adapter", code="adapter_not_found")
-        param = _param(message) if kind is ErrorKind.INVALID else None
-        return renamed(ApiError(_STATUS[kind], message, param=param), "stop_words", "stop")
+    if kind is None:
+        return ApiError(503, f"the engine's server failed: {text[:200]}. Try again.")
+    if kind is ErrorKind.NOT_FOUND:  # the only thing that a request can name
+        return ApiError(404, message, param="adapter", code="adapter_not_found")
+    param = _param(message) if kind is ErrorKind.INVALID else None
+    return renamed(ApiError(_STATUS[kind], message, param=param), "stop_words", "stop")
+
+
+def of_connection(error: grpc.aio.AioRpcError) -> ApiError:
+    """That nobody answered."""
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ApiError(504, "the engine did not answer in time. Ask for fewer tokens, or try again.")
-    return ApiError(503, f"the engine is not reachable ({error.code().name}: {text[:200]}). Try again.")
+    text = (error.details() or "")[:200]
+    return ApiError(503, f"the engine is not reachable ({error.code().name}: {text}). Try again.")
 
 
 def renamed(error: ApiError, tensor: str, field: str) -> ApiError:

@@ -10,15 +10,19 @@ from contextlib import aclosing
 
 import grpc
 import grpc.aio
+import pytest
 from tritonclient.grpc import service_pb2
 
 from nmoe_backend.api.engine_client import EngineClient
+from nmoe_backend.api.errors import ApiError
 
 
 class ScriptedTriton:
-    """Answers a generation with one response, the final one as soon as `release` is set, and ends it with `end`."""
+    """Answers a generation with one response, the final one as soon as `release` is set, and ends it with `end`; or
+    with an error within a response, `refusal`."""
 
-    def __init__(self) -> None:
+    def __init__(self, refusal: str = "") -> None:
+        self.refusal = refusal
         self.intervals_ms: list[int] = []
         self.release, self.end = asyncio.Event(), asyncio.Event()
         self.end.set()
@@ -31,9 +35,12 @@ class ScriptedTriton:
             (interval_ms,) = struct.unpack("<I", request.raw_input_contents[names.index("min_response_interval_ms")])
             self.intervals_ms.append(interval_ms)
             try:
-                yield answer("")
-                await self.release.wait()
-                yield answer("stop")
+                if self.refusal:
+                    yield bytes(service_pb2.ModelStreamInferResponse(error_message=self.refusal).SerializeToString())
+                else:
+                    yield answer("")
+                    await self.release.wait()
+                    yield answer("stop")
                 await self.end.wait()
             except asyncio.CancelledError:
                 self.ended.append("cancelled")
@@ -115,3 +122,18 @@ def test_a_stream_is_cancelled_before_its_last_response_and_never_behind_it() ->
         return triton.ended
 
     assert asyncio.run(run()) == ["cancelled", "whole"]
+
+
+def test_an_error_within_a_response_has_its_status_and_is_no_cancellation() -> None:
+    async def run() -> tuple[ApiError, list[str]]:
+        triton = ScriptedTriton("overloaded: 160 requests wait already")
+        server, engine = await started(triton)
+        with pytest.raises(ApiError) as refused:
+            await anext(engine.generate({"input_ids": [1]}, ("finish_reason",), "refused", 60.0))
+        await engine.close()
+        await server.stop(5)
+        return refused.value, triton.ended
+
+    error, ended = asyncio.run(run())
+    assert (error.status, error.message) == (429, "160 requests wait already")
+    assert ended == ["whole"]

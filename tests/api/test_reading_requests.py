@@ -13,7 +13,7 @@ import pytest
 
 from nmoe_backend.api import bodies
 from nmoe_backend.api.bodies import checked
-from nmoe_backend.api.errors import ApiError, of_engine, renamed
+from nmoe_backend.api.errors import ApiError, of_connection, of_engine, renamed
 from nmoe_backend.api.guides import Guide
 from nmoe_backend.api.prompts import Prompts, template_variables
 from nmoe_backend.api.sampling import response_guide, sampling_inputs, seeds
@@ -127,7 +127,7 @@ def rpc_error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
     ],
 )
 def test_every_kind_of_the_engine_s_errors_has_its_status(kind: ErrorKind, status: int) -> None:
-    error = of_engine(rpc_error(grpc.StatusCode.INTERNAL, f"{kind.value}: top_k: got -5, need 1: two colons"))
+    error = of_engine(f"{kind.value}: top_k: got -5, need 1: two colons")
     assert (error.status, error.message) == (status, "top_k: got -5, need 1: two colons")
     assert ("Retry-After" in error.headers()) is (status in (429, 503))
     if kind is ErrorKind.INVALID:
@@ -135,19 +135,20 @@ def test_every_kind_of_the_engine_s_errors_has_its_status(kind: ErrorKind, statu
 
 
 def test_errors_that_are_not_the_engine_s_are_503_or_504() -> None:
-    gone = of_engine(rpc_error(grpc.StatusCode.UNAVAILABLE, "failed to connect: refused"))
+    gone = of_connection(rpc_error(grpc.StatusCode.UNAVAILABLE, "failed to connect: refused"))
     assert gone.status == 503 and "UNAVAILABLE" in gone.message
-    late = of_engine(rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"))
+    late = of_connection(rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"))
     assert late.status == 504
-    assert of_engine(rpc_error(grpc.StatusCode.UNKNOWN, "")).status == 503
-    sentence = of_engine(rpc_error(grpc.StatusCode.INTERNAL, "invalid: the whole request is odd: really"))
+    unknown = of_engine("Request for unknown model: 'deepseek_v3' has no available versions")
+    assert unknown.status == 503 and "no available versions" in unknown.message
+    sentence = of_engine("invalid: the whole request is odd: really")
     assert (sentence.status, sentence.param) == (400, None)
 
 
 def test_the_engine_s_names_become_the_body_s() -> None:
-    error = of_engine(rpc_error(grpc.StatusCode.INVALID_ARGUMENT, "invalid: stop_words: got 17 strings"))
+    error = of_engine("invalid: stop_words: got 17 strings")
     assert (error.param, error.message) == ("stop", "stop: got 17 strings")
-    both = of_engine(rpc_error(grpc.StatusCode.INVALID_ARGUMENT, "invalid: stop_token_ids or end_id: got 9"))
+    both = of_engine("invalid: stop_token_ids or end_id: got 9")
     assert both.param == "stop_token_ids"
     other = ApiError(400, "n: got 0", param="n")
     assert renamed(other, "stop_words", "stop") is other

@@ -63,7 +63,7 @@ def stuttering(pid: int) -> Iterator[None]:
 @pytest.mark.slow
 def test_every_query_has_data_and_every_alert_fires_and_clears(tmp_path: Path, api_checkpoint: Path) -> None:
     config = write_config(
-        tmp_path / "small.toml", api_checkpoint, gpus=[0, 1], max_batch_size=32, num_pages=140, max_queue_size=160
+        tmp_path / "small.toml", api_checkpoint, gpus=[0, 1], max_batch_size=32, num_pages=400, max_queue_size=160
     )
     with TritonServer(config) as triton, FrontEnd(config, triton.grpc) as front:
         targets = {"nmoe": [triton.metrics], "nmoe-api": [front.address]}
@@ -73,7 +73,8 @@ def test_every_query_has_data_and_every_alert_fires_and_clears(tmp_path: Path, a
                 wait_until(lambda: load.ends["ok"] > 60, LIMIT_S, "60 answers")
                 assert prometheus.firing() == set() and set(load.ends) == {"ok"}
                 assert_every_query_has_data(prometheus)
-            with Load(front.url, per_s=80.0, max_tokens=200, leaves=True):
+            # long answers: a page stays free for each sequence, and few of them hold many pages each
+            with Load(front.url, per_s=40.0, max_tokens=950, leaves=True):
                 fires.wait_for("NmoeQueueGrowing", "NmoeKVCacheNearlyFull", "NmoeTimeToFirstTokenHigh", "NmoeErrorRate")
                 draw(prometheus, tmp_path / "dashboard.svg")
                 with stuttering(stub_of(triton)):

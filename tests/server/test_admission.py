@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
+
 from perf.scripted import benchmark_table, write_repository
+from tests.front_end import FrontEnd
 from tests.server.client import Stream
 from tests.server.test_lifecycle import wait_for_metric
 from tests.triton_server import TritonServer, write_config
@@ -33,3 +38,28 @@ def test_a_higher_priority_goes_first_and_a_full_queue_refuses(model_path: Path,
         assert refused.ask({**GREEDY, "max_tokens": 1}).error == ""
         for stream in running:
             assert stream.read_all().error == ""
+
+
+def test_refusals_through_the_front_end_leave_the_server_whole(model_path: Path, tmp_path: Path) -> None:
+    """This server once died of an error in some hundreds, and of each it complained."""
+    config = write_config(tmp_path / "c.toml", model_path, gpus=[0, 1], max_batch_size=1, max_queue_size=1)
+    config.write_text(config.read_text() + benchmark_table({"step_ms": 50}))
+    with TritonServer(config, write_repository(tmp_path)) as server, FrontEnd(config, server.grpc) as front:
+        with ExitStack() as stack, httpx.Client(timeout=60.0) as client:
+            streams = [stack.enter_context(Stream(server.grpc)) for _ in range(3)]
+            for stream in streams:  # two slots, and the queue
+                stream.send({**GREEDY, "max_tokens": 1000})
+                if stream is not streams[-1]:
+                    stream.read()
+            wait_for_metric(server, "nmoe_requests_waiting", 1.0)
+
+            def ask(_: int) -> int:
+                body = {"model": "tiny", "prompt": "hello", "max_tokens": 1}
+                return client.post(f"{front.url}/v1/completions", json=body).status_code
+
+            with ThreadPoolExecutor(8) as pool:
+                assert Counter(pool.map(ask, range(50))) == {429: 50}
+            for stream in streams:
+                stream.disconnect()
+        assert not [line for line in server.lines if "HandleCancellation" in line]
+        assert server.process.exit_code() is None
