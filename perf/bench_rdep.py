@@ -16,9 +16,10 @@ Routing: `random` logits through the router (3.97 ranks a token: what random wei
 benchmarks); `spread`: eight of the 128 experts of four groups, any with the same chance (3.6). Rows are fp8 with 56
 scales, results bf16; expert rows lie sorted by expert, as the GEMMs leave them.
 
-Timing: a graph of --repeats calls a GPU, replayed by a thread each at the same time; median over the replays, the
-slower GPU counts. `layer`: dispatch, barrier, give_back, barrier, combine. GB/s: bytes that leave a GPU / time. `copy`:
-Tensor.copy_ of as many bytes to the peer, both directions at once; below 1,024 tokens it is the host that is timed.
+Timing: a graph of --repeats calls a GPU, replayed by a thread each at the same time; median over the replays, less
+that of a graph without calls; the slower GPU counts. `layer`: dispatch, barrier, give_back, barrier, combine. GB/s:
+bytes that leave a GPU / time. `copy`: Tensor.copy_ of as many bytes to the peer, both directions at once; below 1,024
+tokens it is the host that is timed.
 """
 
 from __future__ import annotations
@@ -170,8 +171,10 @@ class Group:
         return self.all(lambda context: run(self.ends[context.rank]))
 
     def time_us(self, operation: Callable[[Transport], None], repeats: int) -> float:
-        """Of one call: graphs of many, behind a barrier that lets them begin together."""
+        """Of one call: graphs of many, behind a barrier that lets them begin together, less a graph of the barrier."""
+        return (self._graph_us(operation, repeats) - self._graph_us(operation, 0)) / repeats
 
+    def _graph_us(self, operation: Callable[[Transport], None], repeats: int) -> float:
         def calls(end: Transport) -> None:
             end.barrier()
             for _ in range(repeats):
@@ -179,8 +182,7 @@ class Group:
 
         graphs = self.each(lambda end: capture(end.context, lambda: calls(end))[0])
         first = max(self._replay(graphs, 3))
-        replays = max(5, min(50, round(BUDGET_S * 1e6 / first)))
-        return max(self._replay(graphs, replays)) / repeats
+        return max(self._replay(graphs, max(5, min(50, round(BUDGET_S * 1e6 / first)))))
 
     def _replay(self, graphs: Sequence[torch.cuda.CUDAGraph], replays: int) -> list[float]:
         """Median microseconds of a replay, by GPU."""

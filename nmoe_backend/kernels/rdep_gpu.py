@@ -172,6 +172,7 @@ def _give_back_kernel(  # noqa: PLR0913
     returned_at,
     num_slots,
     step_tokens,
+    WORLD: tl.constexpr,
     T_CAP: tl.constexpr,
     TOP_K: tl.constexpr,
     D: tl.constexpr,
@@ -186,11 +187,14 @@ def _give_back_kernel(  # noqa: PLR0913
         first, end = tl.load(window_slots_ptr), tl.load(window_slots_ptr + 1)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_K)
-    for index in range(first + tl.program_id(0), end, tl.num_programs(0)):
+    # In WORLD pieces side by side: slot by slot, all ranks would send to the same source at a time.
+    piece = tl.cdiv(end - first, WORLD)
+    for nth in range(tl.program_id(0), piece * WORLD, tl.num_programs(0)):
+        index = first + nth % WORLD * piece + nth // WORLD
         src = index // step_tokens
         token = index % step_tokens
         choices = (src * T_CAP + token).to(tl.int64) * TOP_K + k
-        rows = tl.load(row_idx_ptr + choices, mask=k < TOP_K, other=-1)
+        rows = tl.load(row_idx_ptr + choices, mask=(k < TOP_K) & (index < end), other=-1)
         place = tl.cumsum((rows >= 0).to(tl.int32), axis=0)  # of a choice with a row among those: 1, 2, ...
         count = tl.max(place, axis=0)
         if count > 0:
@@ -323,9 +327,9 @@ def rdep_give_back(
     grid = (min(num_slots, _GIVE_BACK_PROGRAMS), triton.cdiv(layout.hidden_size, _COLUMNS))
     _give_back_kernel[grid](
         rows, row_idx, window_slots, layout.views(peers.own)["weights"], peers.arenas, peers.slots,
-        offsets["returned"], num_slots, step_tokens, layout.max_tokens, layout.top_k, layout.hidden_size, _COLUMNS,
-        triton.next_power_of_2(layout.top_k), _TRITON_DTYPES[layout.return_dtype], num_warps=4,
-        launch_pdl=True,
+        offsets["returned"], num_slots, step_tokens, layout.world_size, layout.max_tokens, layout.top_k,
+        layout.hidden_size, _COLUMNS, triton.next_power_of_2(layout.top_k), _TRITON_DTYPES[layout.return_dtype],
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 

@@ -123,14 +123,14 @@ def test_two_gpus_give_the_tokens_of_two_virtual_ranks(checkpoint: Path, tmp_pat
     assert len({tuple(tokens) for tokens in found[2]}) > len(lengths) // 2, "answers that all repeat prove little"
 
 
-def test_two_thousand_decode_steps_on_two_gpus_repeat_bit_for_bit(checkpoint: Path, tmp_path: Path) -> None:
+def test_ten_thousand_decode_steps_on_two_gpus_repeat_bit_for_bit(checkpoint: Path, tmp_path: Path) -> None:
     with engine_on(ON_TWO, checkpoint, tmp_path) as (engine, _):
         runs = []
-        for _ in range(2):
+        for _ in range(10):
             sinks = submit(engine, prompts_of([20] * 4), 1000)
             runs.append([sink.result(300).token_ids for sink in sinks])
-        assert engine.stats().steps_total > 2000 - 20
-    assert runs[0] == runs[1]
+        assert engine.stats().steps_total >= 10 * 999
+    assert all(run == runs[0] for run in runs)
 
 
 def raises(worker: Worker, plan: StepPlan) -> PendingOutput:
