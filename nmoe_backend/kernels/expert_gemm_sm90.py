@@ -72,9 +72,28 @@ def _next(stage, phase, STEP: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _expect(bar, two, pred):
-    mbarrier.expect(bar, 256 * 128 + 64 * 128 + 512, pred=pred & (not two))
-    mbarrier.expect(bar, 256 * 128 + 128 * 128 + 512, pred=pred & two)
+def _size(rows):
+    """Rows of x that a tile loads: 0: 16, 1: 64, 2: 80, 3: 128."""
+    return (rows > 16).to(gl.int32) + (rows > 64).to(gl.int32) + (rows > 80).to(gl.int32)
+
+
+@gluon.jit
+def _expect(bar, size, pred):
+    mbarrier.expect(bar, (256 + 16) * 128 + 512, pred=pred & (size == 0))
+    mbarrier.expect(bar, (256 + 64) * 128 + 512, pred=pred & (size == 1))
+    mbarrier.expect(bar, (256 + 80) * 128 + 512, pred=pred & (size == 2))
+    mbarrier.expect(bar, (256 + 128) * 128 + 512, pred=pred & (size == 3))
+
+
+@gluon.jit
+def _load_rows(x_desc, x16_desc, x32_desc, x_buf, bar, row, column, size, stage, STAGES: gl.constexpr):
+    x16_buf = x_buf._reinterpret(gl.float8e4nv, [STAGES * 8, 16, 128], x_desc.layout)
+    x32_buf = x_buf._reinterpret(gl.float8e4nv, [STAGES * 4, 32, 128], x_desc.layout)
+    tma.async_copy_global_to_shared(x_desc, [row, column], bar, x_buf.index(stage * 2), pred=size > 0)
+    tma.async_copy_global_to_shared(x16_desc, [row, column], bar, x16_buf.index(stage * 8), pred=size == 0)
+    tma.async_copy_global_to_shared(x16_desc, [row + 64, column], bar, x16_buf.index(stage * 8 + 4), pred=size > 1)
+    tma.async_copy_global_to_shared(x16_desc, [row + 80, column], bar, x16_buf.index(stage * 8 + 5), pred=size > 2)
+    tma.async_copy_global_to_shared(x32_desc, [row + 96, column], bar, x32_buf.index(stage * 4 + 3), pred=size > 2)
 
 
 @gluon.jit
@@ -84,7 +103,7 @@ def _load_weights(w_desc, w_buf, bar, row, k, stage, pred, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _load(x_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, scale_stride,
+def _load(x_desc, x16_desc, x32_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, scale_stride,
           NUM_N: gl.constexpr, NUM_K: gl.constexpr, EXPERT_ROWS: gl.constexpr, STEP: gl.constexpr, HALF: gl.constexpr,
           STAGES: gl.constexpr, PAIR: gl.constexpr):
     stage = 0
@@ -97,22 +116,21 @@ def _load(x_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, e
         expert, n, row, end = _tile(tiles, gl.program_id(0), NUM_N, ".cg")
         ahead += gl.minimum(NUM_K, STAGES)
         for s in range(ahead):
-            _expect(full.index(s), end - row > 64, True)
+            _expect(full.index(s), _size(end - row), True)
             _load_weights(w_desc, w_buf, full.index(s), expert * EXPERT_ROWS + n * STEP, s, s, True, HALF)
     gdc_wait()
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
         expert, n, row, end = _tile(tiles, unit, NUM_N, "")
         w_row = expert * EXPERT_ROWS + n * STEP
-        two = end - row > 64
+        size = _size(end - row)
         for k in range(NUM_K):
             if stage % PAIR == 0:
                 mbarrier.wait(empty.index(stage // PAIR), phase)
             bar = full.index(stage)
-            _expect(bar, two, ahead <= 0)
             _load_weights(w_desc, w_buf, bar, w_row, k, stage, ahead <= 0, HALF)
+            _expect(bar, size, ahead <= 0)
             ahead -= 1
-            tma.async_copy_global_to_shared(x_desc, [row, k * 128], bar, x_buf.index(stage * 2))
-            tma.async_copy_global_to_shared(x_desc, [row + 64, k * 128], bar, x_buf.index(stage * 2 + 1), pred=two)
+            _load_rows(x_desc, x16_desc, x32_desc, x_buf, bar, row, k * 128, size, stage, STAGES)
             tma.async_copy_global_to_shared(s_desc, [k * scale_stride + row], bar, s_buf.index(stage))
             stage, phase = _next(stage, phase, 1, STAGES)
 
@@ -193,15 +211,19 @@ def _consume(out, out_scales, ws, tiles, num_tiles, x_buf, s_buf, w_buf, full, e
 
 
 @gluon.jit(do_not_specialize=["scale_stride", "out_stride"])
-def _expert_kernel(x_desc, s_desc, w_desc, ws, out, out_scales, tiles, num_tiles, scale_stride, out_stride,
-                   SWIGLU: gl.constexpr, NUM_N: gl.constexpr, NUM_K: gl.constexpr, EXPERT_ROWS: gl.constexpr,
-                   STEP: gl.constexpr, HALF: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
-                   PAIR: gl.constexpr):
+def _expert_kernel(x_desc, x16_desc, x32_desc, s_desc, w_desc, ws, out, out_scales, tiles, num_tiles, scale_stride,
+                   out_stride, SWIGLU: gl.constexpr, NUM_N: gl.constexpr, NUM_K: gl.constexpr,
+                   EXPERT_ROWS: gl.constexpr, STEP: gl.constexpr, HALF: gl.constexpr, WIDTH: gl.constexpr,
+                   STAGES: gl.constexpr, PAIR: gl.constexpr):
     x_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], x_desc.layout)
     w_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 128, 128], w_desc.layout)
     s_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 128], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES // PAIR, 1], mbarrier.MBarrierLayout())
+    # Rows that a tile does not load are multiplied all the same: by zeros, which costs the card far less power.
+    zeros_layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    for s in gl.static_range(STAGES * 2):
+        x_buf.index(s).store(gl.zeros([64, 128], gl.float32, zeros_layout).to(gl.float8e4nv))
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
     for s in gl.static_range(STAGES // PAIR):
@@ -213,8 +235,8 @@ def _expert_kernel(x_desc, s_desc, w_desc, ws, out, out_scales, tiles, num_tiles
                         NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, WIDTH, STAGES, PAIR)),
             (_consume, (out, out_scales, ws, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, out_stride, 1, SWIGLU,
                         NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, WIDTH, STAGES, PAIR)),
-            (_load, (x_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, scale_stride, NUM_N,
-                     NUM_K, EXPERT_ROWS, STEP, HALF, STAGES, PAIR)),
+            (_load, (x_desc, x16_desc, x32_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty,
+                     scale_stride, NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, STAGES, PAIR)),
         ], [4, 1], [232, 40])
 # fmt: on
 
@@ -274,11 +296,11 @@ def _dequantised(w: Tensor, scales: Tensor) -> Tensor:
     return w.double() * scales.double().repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)
 
 
-def _descriptors(x: Tensor, x_scales: Tensor, w: Tensor) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
+def _descriptors(x: Tensor, x_scales: Tensor, w: Tensor) -> tuple[TensorDescriptor, ...]:
     w = w.view(-1, w.shape[-1])
     length = (x_scales.shape[0] - 1) * x_scales.stride(0) + x_scales.shape[1]
     return (
-        TensorDescriptor(x, x.shape, x.stride(), [64, BLOCK], _FP8),
+        *(TensorDescriptor(x, x.shape, x.stride(), [rows, BLOCK], _FP8) for rows in (64, 16, 32)),
         TensorDescriptor(x_scales, [length], [1], [128], _SCALES),
         TensorDescriptor(w, w.shape, w.stride(), [128, BLOCK], _FP8),
     )
