@@ -1,11 +1,11 @@
 """The two products a head around absorbed attention, on Hopper GPUs (sm_90a), in Gluon.
 
     absorb_queries   latent[t, h, :C] = q[t, h, :N] . W_UK[h]                     before attention
-    expand_values    values, scales = quantise(attended[t, h] . W_UV[h])          after it, for the linear that follows
+    expand_values    attended[t, h] . W_UV[h], quantised or bf16                  after it, for the linear that follows
 
 Shapes: q [T, H, N + R] bf16, w_kv_b [H, N + V, C] bf16 (a head's W_UK [N, C] above its W_UV [V, C]), latent
-[T, H, C + R] bf16, whose last R values are left alone; attended [T, H, C] bf16; values [T, H V] e4m3, scales [H, >= T]
-fp32. N = V = 128 and C = 512: a head's values are one block of the quantisation. All rows contiguous.
+[T, H, C + R] bf16, whose last R values are left alone; attended [T, H, C] bf16; values [T, H V] e4m3 with scales
+[H, >= T] fp32, or bf16. N = V = 128 and C = 512: a head's values are one block of the quantisation. Contiguous rows.
 
 Numerics: bf16 products, fp32 sums; both are rounded to bf16, and values quantised from that: s = max(max |v|, 1e-4)
 / 448, value = e4m3(v * (1 / s)). A row's result depends on nothing but the row.
@@ -89,6 +89,16 @@ def _absorb_kernel(q_desc, w_desc, out_desc, num_tiles, HEAD_ROWS: gl.constexpr,
     tma.store_wait(0)
 
 
+@gluon.jit
+def _store_values(values, x, tile, head, num_tokens, NUM_HEADS: gl.constexpr):
+    ROWS: gl.constexpr = x.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [ROWS // 16, 1], [1, 0])
+    row = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    column = head * 128 + gl.arange(0, 128, gl.SliceLayout(0, layout))
+    to = values + row.to(gl.int64)[:, None] * (NUM_HEADS * 128) + column[None, :]
+    gl.store(to, gl.convert_layout(x.to(gl.float8e4nv), layout), mask=(row < num_tokens)[:, None])
+
+
 @gluon.jit(do_not_specialize=["num_tokens", "scales_stride"])
 def _expand_kernel(x_desc, w_desc, values, scales, num_tokens, scales_stride, NUM_HEADS: gl.constexpr,
                    HEAD_ROWS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr):
@@ -97,7 +107,6 @@ def _expand_kernel(x_desc, w_desc, values, scales, num_tokens, scales_stride, NU
     BYTES: gl.constexpr = ROWS * COLUMNS * 2
     WARPS: gl.constexpr = ROWS // 16
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 128, 16])
-    rows_layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     head = gl.program_id(0)
     w_buf = gl.allocate_shared_memory(gl.bfloat16, [128, 512], w_desc.layout)
     x_buf = gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, COLUMNS], x_desc.layout)
@@ -133,15 +142,17 @@ def _expand_kernel(x_desc, w_desc, values, scales, num_tokens, scales_stride, NU
             wrap = stage == STAGES
             stage = gl.where(wrap, 0, stage)
             phase = gl.where(wrap, phase ^ 1, phase)
-        acc = acc.to(gl.bfloat16).to(gl.float32)
-        scale = gl.maximum(gl.max(gl.abs(acc), axis=1), 1e-4) * (1.0 / 448.0)
+        rounded = acc.to(gl.bfloat16)
         token = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        gl.store(scales + head.to(gl.int64) * scales_stride + token, scale, mask=token < num_tokens)
-        quantised = gl.convert_layout((acc * (1.0 / scale)[:, None]).to(gl.float8e4nv), rows_layout)
-        row = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, rows_layout))
-        column = head * 128 + gl.arange(0, 128, gl.SliceLayout(0, rows_layout))
-        to = values + row.to(gl.int64)[:, None] * (NUM_HEADS * 128) + column[None, :]
-        gl.store(to, quantised, mask=(row < num_tokens)[:, None])
+        if scales is None:
+            column = head * 128 + gl.arange(0, 128, gl.SliceLayout(0, layout))
+            to = values + token.to(gl.int64)[:, None] * (NUM_HEADS * 128) + column[None, :]
+            gl.store(to, rounded, mask=(token < num_tokens)[:, None])
+        else:
+            acc = rounded.to(gl.float32)
+            scale = gl.maximum(gl.max(gl.abs(acc), axis=1), 1e-4) * (1.0 / 448.0)
+            gl.store(scales + head.to(gl.int64) * scales_stride + token, scale, mask=token < num_tokens)
+            _store_values(values, acc * (1.0 / scale)[:, None], tile, head, num_tokens, NUM_HEADS)
 # fmt: on
 
 
@@ -162,21 +173,25 @@ def absorb_queries(q: Tensor, w_kv_b: Tensor, latent: Tensor) -> None:
         )  # fmt: skip
 
 
-def expand_values(attended: Tensor, w_kv_b: Tensor, values: Tensor, scales: Tensor) -> None:
-    """attended [T, H, C], w_kv_b [H, N + V, C] -> values [T, H V] e4m3, scales [H, >= T] fp32"""
+def expand_values(attended: Tensor, w_kv_b: Tensor, values: Tensor, scales: Tensor | None = None) -> None:
+    """attended [T, H, C], w_kv_b [H, N + V, C] -> values [T, H V] e4m3 and scales [H, >= T] fp32; without: bf16"""
     num_tokens, num_heads, latent_dim = attended.shape
     _check(w_kv_b, num_heads, {"attended": attended, "values": values})
     if latent_dim != LATENT_DIM or values.shape != (num_tokens, num_heads * HEAD_DIM):
         raise ValueError(f"got attended {tuple(attended.shape)}, values {tuple(values.shape)}; need [T, H, 512], "
                          "[T, H * 128].")  # fmt: skip
-    if scales.shape[0] != num_heads or scales.shape[1] < num_tokens or scales.stride(1) != 1:
+    if values.dtype != (torch.bfloat16 if scales is None else torch.float8_e4m3fn):
+        raise ValueError(
+            f"got values {values.dtype}, scales: {scales is not None}; need e4m3 with scales or bf16 without."
+        )
+    if scales is not None and (scales.shape[0] != num_heads or scales.shape[1] < num_tokens or scales.stride(1) != 1):
         raise ValueError(f"got scales {tuple(scales.shape)}; need contiguous rows [{num_heads}, >= {num_tokens}].")
     if num_tokens:
         rows = 64 if num_tokens <= 64 else 128
         _expand_kernel[(num_heads,)](
             TensorDescriptor.from_tensor(attended.flatten(1), [rows, _COLUMNS], _SHARED), _weight(w_kv_b), values,
-            scales, num_tokens, scales.stride(0), NUM_HEADS=num_heads, HEAD_ROWS=2 * HEAD_DIM, ROWS=rows,
-            STAGES=8 if rows == 64 else 5, num_warps=rows // 16, launch_pdl=True,
+            scales, num_tokens, 0 if scales is None else scales.stride(0), NUM_HEADS=num_heads,
+            HEAD_ROWS=2 * HEAD_DIM, ROWS=rows, STAGES=8 if rows == 64 else 5, num_warps=rows // 16, launch_pdl=True,
         )  # fmt: skip
 
 

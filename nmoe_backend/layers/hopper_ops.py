@@ -173,8 +173,7 @@ class HopperOps:
             expand_values(attended, weights.w_kv_b, *rows.require_fp8())
             return rows
         out = torch.empty(num_tokens, heads, spec.v_head_dim, dtype=q.dtype, device=q.device)
-        w_uv = weights.w_kv_b[:, nope:].transpose(1, 2)
-        torch.bmm(attended.transpose(0, 1), w_uv, out=out[decoded].transpose(0, 1))
+        expand_values(attended, weights.w_kv_b, out[decoded].flatten(1))
         tables = batch.padded_prefill.tables  # over what decode wrote for rows of its own
         mla_prefill(q, cache, tables, weights.w_kv_b, plan.prefill, out, spec.softmax_scale)
         quantize_rows(out.flatten(1), *rows.require_fp8())

@@ -50,6 +50,26 @@ def test_values_are_expanded_and_quantised(num_tokens, num_heads):
     assert bool(scales[:, num_tokens:].isnan().all()) and not bool(values[num_tokens:].view(torch.uint8).any())
 
 
+@pytest.mark.parametrize("num_tokens", [1, 65, 300])
+def test_values_that_are_not_quantised_are_what_the_others_came_from(num_tokens):
+    from nmoe_backend.kernels.mla_absorb_sm90 import expand_values, expand_values_reference
+    from nmoe_backend.kernels.quantize_rows_gpu import quantize_rows_reference
+
+    attended, w = _draw(10, num_tokens, 128, 512), _draw(11, 128, 256, 512)
+    wide = torch.full((num_tokens + 1, 128 * 128), float("nan"), device=DEVICE, dtype=torch.bfloat16)
+    values = torch.zeros(num_tokens, 128 * 128, device=DEVICE, dtype=torch.float8_e4m3fn)
+    scales = torch.zeros(128, num_tokens, device=DEVICE)
+    expand_values(attended, w, wide[:num_tokens])
+    expand_values(attended, w, values, scales)
+    want = expand_values_reference(attended, w)
+    assert float((wide[:num_tokens].double() - want).norm() / want.norm()) < 3e-3
+    assert bool(wide[num_tokens:].isnan().all())
+    want_values, want_scales = quantize_rows_reference(wide[:num_tokens])
+    assert torch.equal(scales, want_scales)
+    steps = (values.view(torch.uint8).int() - want_values.view(torch.uint8).int()).abs()
+    assert int(steps.max()) <= 1 and float((steps > 0).double().mean()) < 1e-3  # 1 / s is the hardware's here
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
     from nmoe_backend.kernels.mla_absorb_sm90 import absorb_queries, expand_values
 
