@@ -396,7 +396,8 @@ def block_fp8_gemm(
         w_scales, workspace.partials, workspace.counters, num_p, num_q, -(-k // (BLOCK * plan.unroll)), num_full,
         num_units, stride, w_scales.stride(0), w_scales.shape[0], w_scales.shape[1], BLOCK_P=plan.block_p,
         BLOCK_Q=plan.block_q, SWAP=plan.swap, KU=plan.unroll, STAGES=plan.stages, SPLITS=plan.splits,
-        GROUP=plan.group, num_warps=4, launch_pdl=True, maxnreg=128 if plan.block_p == 64 else None,
+        GROUP=plan.group, num_warps=4, launch_pdl=True,
+        maxnreg=128 if plan.block_p == 64 else None,  # half of the registers: room for the small kernel ahead
     )  # fmt: skip
 
 

@@ -18,8 +18,9 @@ A row's result depends on nothing but the row.
 Tile: 128 rows x (128 gate + 128 up columns), or x 256 columns; two warpgroups of 64 rows with both halves of their
 columns, so that SwiGLU and the block's maximum stay in a warpgroup's registers; one warp feeds the TMA queue, four
 stages of 48 KB, given back in pairs (a barrier of a warpgroup before each return and each wait is what stalls it most;
-pairs where K has an even number of blocks). A tile of up to 64 rows loads no rows for the second warpgroup, which then
-only passes stages on.
+pairs where K has an even number of blocks). A tile loads 16, 64, 80 or 128 rows of x; with up to 64 the second
+warpgroup only passes stages on. What is not loaded is zeros: a decode step runs at the card's power limit, and a
+product with zeros takes less of it than one with rows of another expert.
 Units of one expert run side by side, rows innermost, so that its weights come from memory once.
 """
 
@@ -73,7 +74,7 @@ def _next(stage, phase, STEP: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def _size(rows):
-    """Rows of x that a tile loads: 0: 16, 1: 64, 2: 80, 3: 128."""
+    """0 ... 3: a tile of so many rows loads 16, 64, 80 or 128."""
     return (rows > 16).to(gl.int32) + (rows > 64).to(gl.int32) + (rows > 80).to(gl.int32)
 
 
@@ -220,7 +221,7 @@ def _expert_kernel(x_desc, x16_desc, x32_desc, s_desc, w_desc, ws, out, out_scal
     s_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 128], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES // PAIR, 1], mbarrier.MBarrierLayout())
-    # Rows that a tile does not load are multiplied all the same: by zeros, which costs the card far less power.
+    # Rows that no tile of this program has loaded are multiplied all the same.
     zeros_layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     for s in gl.static_range(STAGES * 2):
         x_buf.index(s).store(gl.zeros([64, 128], gl.float32, zeros_layout).to(gl.float8e4nv))
