@@ -4,7 +4,7 @@
 
 Exit code 1 where one is more than so many percent worse, or where the baseline has one that the run lacks. More is
 better for what is counted a second, less for times and for idle time. Figures that are percentages themselves are
-compared by points: 1.1 % idle after 1.0 % is no tenth worse.
+compared by points: 1.1 % idle after 1.0 % is no tenth worse. A baseline of 0 counts failures: any is worse.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ def regressions(baseline: Mapping[str, Any], run: Mapping[str, Any], percent: fl
             continue
         before, now = float(known["value"]), float(run[name]["value"])
         is_percentage = known["unit"].startswith("%")
+        if before == 0.0 and not is_percentage:
+            lines += [f"{name}: {now:g} {known['unit']}, was 0 at {known['commit']}"] if now else []
+            continue
         change = now - before if is_percentage else 100.0 * (now / before - 1.0)
         less_is_better = known["unit"] in (*TIMES, IDLE)
         if (change if less_is_better else -change) > percent:

@@ -67,6 +67,9 @@ def entry(value: float, unit: str) -> dict[str, Any]:
 
 def test_a_regression_is_a_longer_time_or_a_lower_rate() -> None:
     baseline = {"time": entry(10, "ms"), "rate": entry(100, "tokens/s"), "gone": entry(1, "ms"), "prose": {"text": "x"}}
+    failures = {"soak": entry(0, "tokens lost")}
+    assert regressions(failures, failures, 5.0) == []
+    assert len(regressions(failures, {"soak": entry(1, "tokens lost")}, 5.0)) == 1
     better = {"time": entry(8, "ms"), "rate": entry(130, "tokens/s"), "gone": entry(1.04, "ms")}
     assert regressions(baseline, better, 5.0) == []
     worse = regressions(baseline, {"time": entry(10.6, "ms"), "rate": entry(94, "tokens/s")}, 5.0)
