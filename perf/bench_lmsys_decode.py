@@ -57,7 +57,7 @@ TRACED_STEPS = 4
 OPERATIONS = (
     ("mla_decode", "attention"),
     ("_attend_kernel", "attention"),
-    ("_expand_kernel", "keys expanded"),
+    ("_expand_keys_kernel", "keys expanded"),
     ("_gather_keys_kernel", "keys gathered"),
     ("_combine_kernel", "combine"),  # attention's merge of pieces has the same name: told apart by its grid's place
     ("_absorb_kernel", "absorb products"),

@@ -200,7 +200,7 @@ def _expand_keys(plan: MlaPrefillPlan, w_kv_b: Tensor, piece: int) -> None:
     """The piece's keys and values of every head, from the latents in plan.keys, into plan.expanded."""
     weight, expanded = w_kv_b.flatten(0, 1), plan.expanded.flatten(1)
     piece_blocks = plan.piece_keys // BLOCK
-    _expand_kernel[(plan.num_programs,)](
+    _expand_keys_kernel[(plan.num_programs,)](
         PlainDescriptor.from_tensor(plan.keys, [BLOCK, _EXPAND_K.value]),
         PlainDescriptor.from_tensor(weight, [EXPANDED_DIM, _EXPAND_K.value]),
         PlainDescriptor.from_tensor(expanded, [BLOCK, EXPANDED_DIM]),
@@ -374,7 +374,7 @@ def _gather_keys_kernel(
 
 
 @triton.jit(do_not_specialize=["first_block", "piece_blocks", "num_heads"])
-def _expand_kernel(keys_desc, weight_desc, out_desc, num_blocks_ptr, first_block, piece_blocks, num_heads):
+def _expand_keys_kernel(keys_desc, weight_desc, out_desc, num_blocks_ptr, first_block, piece_blocks, num_heads):
     """Persistent over tiles of 128 keys of one head: [128, 512] @ [512, 256], fp32 sums. Keys of the blocks in use."""
     num_blocks = tl.minimum(tl.maximum(tl.load(num_blocks_ptr) - first_block, 0), piece_blocks)
     for tile in tl.range(tl.program_id(0), num_blocks * num_heads, tl.num_programs(0), flatten=True):

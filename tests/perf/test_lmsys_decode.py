@@ -134,3 +134,9 @@ def test_a_kernel_counts_from_the_end_of_the_one_before_it() -> None:
     """The first b waits inside a; the pause before c is the host's."""
     spans = [("a", 0.0, 10.0), ("b", 1.0, 12.0), ("c", 50.0, 60.0), ("b", 61.0, 62.5)]
     assert added_us(spans) == {"a": (1, 10.0), "b": (2, 2.0 + 2.5), "c": (1, 10.0)}
+
+
+def test_every_operation_of_the_breakdown_can_be_reached() -> None:
+    parts = [part for part, _ in bench.OPERATIONS]
+    hidden = [part for index, part in enumerate(parts) if any(earlier in part for earlier in parts[:index])]
+    assert not hidden
