@@ -5,8 +5,9 @@ that its prefill attends to. Tokens are computed, padding included; rows and key
 So tokens come in powers of two, while decode rows beside prefill are none or the most, and keys go up in fours:
     decode        1, 2, 4, ... 64, then multiples of 64 rows, no prefill
     prefill       128, 256, 512, ... tokens, with and without decode rows, over prefixes of the usual lengths
-    long prefill  512, 2,048 and the most tokens, with decode rows, over the keys that prefill has not
-Example: 256 sequences of up to 131,072 tokens, 8,448 pages of 64, steps of 4,096 prefill tokens: 10 + 12 + 9 buckets.
+    long prefill  few sizes, with decode rows, over the keys that prefill has not; the more keys, the fewer sizes, for
+                  every 8,192 keys are three more launches a layer to capture
+Example: 256 sequences of up to 131,072 tokens, 8,448 pages of 64, steps of 4,096 prefill tokens: 10 + 12 + 6 buckets.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nmoe_backend.types import EngineLimits, RankPlan, StepPlan
 
 _FEWEST_TOKENS = 128
 _USUAL_KEYS = 8192  # or twice the tokens, where that is more
-_LONG_TOKENS = (512, 2048)
+_LONG_TOKENS = ((512, 2048), (512,))  # beside the most tokens: for the first size of long keys; for the second
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -56,12 +57,11 @@ def step_buckets(limits: EngineLimits) -> tuple[Bucket, ...]:
     sizes = [*_powers(_FEWEST_TOKENS, most_tokens, 2), most_tokens]
     usual = {tokens: min(most_keys, max(_USUAL_KEYS, 2 * tokens)) for tokens in sizes}
     prefill = [Bucket(tokens, keys, rows) for tokens, keys in usual.items() for rows in (0, most_rows)]
-    long = [
-        Bucket(tokens, keys, most_rows)
-        for keys in (*_powers(4 * _USUAL_KEYS, most_keys // 2, 4), most_keys)
-        for tokens in sizes
-        if (tokens in _LONG_TOKENS or tokens == most_tokens) and keys > usual[tokens]
-    ]
+    long = []
+    for index, keys in enumerate((*_powers(4 * _USUAL_KEYS, most_keys // 2, 4), most_keys)):
+        few = _LONG_TOKENS[index] if index < len(_LONG_TOKENS) else ()
+        wanted = [tokens for tokens in sizes if tokens in (*few, most_tokens) and keys > usual[tokens]]
+        long += [Bucket(tokens, keys, most_rows) for tokens in wanted]
     return (*decode_buckets(most_rows), *sorted(prefill + long))
 
 

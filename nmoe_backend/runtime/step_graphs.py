@@ -59,13 +59,16 @@ class StepGraphs:
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
 
     def capture(self, progress: Callable[[str], None]) -> None:
-        """A graph for each bucket, the largest first, each behind a run that compiles what it needs. All ranks of the
-        group call it together."""
+        """A graph for each bucket, the largest first, behind a run that compiles and loads what it needs: those of one
+        size take the same kernels. All ranks of the group call it together."""
         began, free, graph = time.monotonic(), self._free_bytes(), None
+        self._columns.load(RankPlan(), self._context.stream)
+        have_run: set[tuple[int, int]] = set()
         for bucket in reversed(self._buckets):
             started = time.monotonic()
-            self._columns.load(RankPlan(), self._context.stream)
-            self._forward(bucket)
+            if (bucket.tokens, bucket.rows) not in have_run:
+                self._forward(bucket)
+                have_run.add((bucket.tokens, bucket.rows))
             if not (self._model.ops.captures and self._context.has_own_device):
                 continue
             torch.cuda.synchronize(self._context.device)

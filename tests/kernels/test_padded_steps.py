@@ -107,9 +107,11 @@ PRODUCTION = {"max_batch_size": 256, "max_prefill_tokens": 4096, "max_seq_len": 
 def test_the_documented_buckets():
     buckets = step_buckets(limits_for(8, 64, **PRODUCTION))
     most = 8448 * 64 + 256 * 128
-    assert len(buckets) == 10 + 12 + 9
+    assert len(buckets) == 10 + 12 + 6
     assert [b for b in buckets if b.keys > 8192] == [
-        Bucket(tokens, keys, 256) for tokens in (512, 2048, 4096) for keys in (32768, 131072, most)
+        *(Bucket(512, keys, 256) for keys in (32768, 131072)),
+        Bucket(2048, 32768, 256),
+        *(Bucket(4096, keys, 256) for keys in (32768, 131072, most)),
     ]
     assert all(buckets[-1].holds(bucket) for bucket in buckets)
 
