@@ -15,6 +15,7 @@ from torch import Tensor
 from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm, gemm_workspace
 from nmoe_backend.kernels.expert_gemm_sm90 import expert_down, expert_up
 from nmoe_backend.kernels.expert_rows_gpu import expert_row_index, expert_rows, gather_expert_rows, num_expert_rows
+from nmoe_backend.kernels.mla_absorb_sm90 import absorb_queries, expand_values
 from nmoe_backend.kernels.mla_decode_sm90 import make_mla_decode_plan, mla_decode, plan_mla_decode
 from nmoe_backend.kernels.mla_prefill_sm90 import _attend, make_mla_prefill_plan, mla_prefill, plan_mla_prefill
 from nmoe_backend.kernels.quantize_rows_gpu import quantize_rows
@@ -304,14 +305,24 @@ def _swiglu(tokens: int) -> Case:
 
 
 def _absorb(tokens: int) -> Case:
-    """The query into the latent space, a torch.bmm over heads."""
-    q, w = _randn(HEADS, tokens, NOPE), _randn(HEADS, NOPE, LATENT)
-    out = torch.empty(HEADS, tokens, LATENT, dtype=BF16, device=DEVICE)
+    q, w_kv_b = _randn(tokens, HEADS, NOPE + ROPE), _randn(HEADS, NOPE + VALUE, LATENT)
+    latent = torch.empty(tokens, HEADS, LATENT + ROPE, dtype=BF16, device=DEVICE)
     return Case(
-        operation="absorb (torch.bmm)",
+        operation="absorb_queries",
         shape=f"{HEADS} x {tokens} x {NOPE} x {LATENT}",
-        ours=lambda: torch.bmm(q, w, out=out),
+        ours=lambda: absorb_queries(q, w_kv_b, latent),
         flops=2 * HEADS * tokens * NOPE * LATENT,
+    )
+
+
+def _expand(tokens: int) -> Case:
+    attended, w_kv_b = _randn(tokens, HEADS, LATENT), _randn(HEADS, NOPE + VALUE, LATENT)
+    values, scales = _rows_of(tokens, HEADS * VALUE)
+    return Case(
+        operation="expand_values",
+        shape=f"{HEADS} x {tokens} x {LATENT} x {VALUE}",
+        ours=lambda: expand_values(attended, w_kv_b, values, scales),
+        flops=2 * HEADS * tokens * LATENT * VALUE,
     )
 
 
@@ -322,6 +333,7 @@ SMALL: dict[str, Callable[[int], Case]] = {
     "quantize": _quantize,
     "swiglu_quantize": _swiglu,
     "absorb": _absorb,
+    "expand": _expand,
 }
 
 
