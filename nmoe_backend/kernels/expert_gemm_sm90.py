@@ -87,14 +87,12 @@ def _expect(bar, size, pred):
 
 
 @gluon.jit
-def _load_rows(x_desc, x16_desc, x32_desc, x_buf, bar, row, column, size, stage, STAGES: gl.constexpr):
+def _load_rows(x_desc, x16_desc, x_buf, bar, row, column, size, stage, STAGES: gl.constexpr):
     x16_buf = x_buf._reinterpret(gl.float8e4nv, [STAGES * 8, 16, 128], x_desc.layout)
-    x32_buf = x_buf._reinterpret(gl.float8e4nv, [STAGES * 4, 32, 128], x_desc.layout)
     tma.async_copy_global_to_shared(x_desc, [row, column], bar, x_buf.index(stage * 2), pred=size > 0)
     tma.async_copy_global_to_shared(x16_desc, [row, column], bar, x16_buf.index(stage * 8), pred=size == 0)
-    tma.async_copy_global_to_shared(x16_desc, [row + 64, column], bar, x16_buf.index(stage * 8 + 4), pred=size > 1)
-    tma.async_copy_global_to_shared(x16_desc, [row + 80, column], bar, x16_buf.index(stage * 8 + 5), pred=size > 2)
-    tma.async_copy_global_to_shared(x32_desc, [row + 96, column], bar, x32_buf.index(stage * 4 + 3), pred=size > 2)
+    tma.async_copy_global_to_shared(x_desc, [row + 64, column], bar, x_buf.index(stage * 2 + 1), pred=size == 3)
+    tma.async_copy_global_to_shared(x16_desc, [row + 64, column], bar, x16_buf.index(stage * 8 + 4), pred=size == 2)
 
 
 @gluon.jit
@@ -104,7 +102,7 @@ def _load_weights(w_desc, w_buf, bar, row, k, stage, pred, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _load(x_desc, x16_desc, x32_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, scale_stride,
+def _load(x_desc, x16_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, scale_stride,
           NUM_N: gl.constexpr, NUM_K: gl.constexpr, EXPERT_ROWS: gl.constexpr, STEP: gl.constexpr, HALF: gl.constexpr,
           STAGES: gl.constexpr, PAIR: gl.constexpr):
     stage = 0
@@ -131,7 +129,7 @@ def _load(x_desc, x16_desc, x32_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s
             _load_weights(w_desc, w_buf, bar, w_row, k, stage, ahead <= 0, HALF)
             _expect(bar, size, ahead <= 0)
             ahead -= 1
-            _load_rows(x_desc, x16_desc, x32_desc, x_buf, bar, row, k * 128, size, stage, STAGES)
+            _load_rows(x_desc, x16_desc, x_buf, bar, row, k * 128, size, stage, STAGES)
             tma.async_copy_global_to_shared(s_desc, [k * scale_stride + row], bar, s_buf.index(stage))
             stage, phase = _next(stage, phase, 1, STAGES)
 
@@ -212,7 +210,7 @@ def _consume(out, out_scales, ws, tiles, num_tiles, x_buf, s_buf, w_buf, full, e
 
 
 @gluon.jit(do_not_specialize=["scale_stride", "out_stride"])
-def _expert_kernel(x_desc, x16_desc, x32_desc, s_desc, w_desc, ws, out, out_scales, tiles, num_tiles, scale_stride,
+def _expert_kernel(x_desc, x16_desc, s_desc, w_desc, ws, out, out_scales, tiles, num_tiles, scale_stride,
                    out_stride, SWIGLU: gl.constexpr, NUM_N: gl.constexpr, NUM_K: gl.constexpr,
                    EXPERT_ROWS: gl.constexpr, STEP: gl.constexpr, HALF: gl.constexpr, WIDTH: gl.constexpr,
                    STAGES: gl.constexpr, PAIR: gl.constexpr):
@@ -236,7 +234,7 @@ def _expert_kernel(x_desc, x16_desc, x32_desc, s_desc, w_desc, ws, out, out_scal
                         NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, WIDTH, STAGES, PAIR)),
             (_consume, (out, out_scales, ws, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, out_stride, 1, SWIGLU,
                         NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, WIDTH, STAGES, PAIR)),
-            (_load, (x_desc, x16_desc, x32_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty,
+            (_load, (x_desc, x16_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty,
                      scale_stride, NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, STAGES, PAIR)),
         ], [4, 1], [232, 40])
 # fmt: on
@@ -301,7 +299,7 @@ def _descriptors(x: Tensor, x_scales: Tensor, w: Tensor) -> tuple[TensorDescript
     w = w.view(-1, w.shape[-1])
     length = (x_scales.shape[0] - 1) * x_scales.stride(0) + x_scales.shape[1]
     return (
-        *(TensorDescriptor(x, x.shape, x.stride(), [rows, BLOCK], _FP8) for rows in (64, 16, 32)),
+        *(TensorDescriptor(x, x.shape, x.stride(), [rows, BLOCK], _FP8) for rows in (64, 16)),
         TensorDescriptor(x_scales, [length], [1], [128], _SCALES),
         TensorDescriptor(w, w.shape, w.stride(), [128, BLOCK], _FP8),
     )
