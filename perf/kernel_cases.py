@@ -305,25 +305,47 @@ def _swiglu(tokens: int) -> Case:
 
 
 def _absorb(tokens: int) -> Case:
-    q, w_kv_b = _randn(tokens, HEADS, NOPE + ROPE), _randn(HEADS, NOPE + VALUE, LATENT)
-    latent = torch.empty(tokens, HEADS, LATENT + ROPE, dtype=BF16, device=DEVICE)
+    """The query into the latent space. Against torch.bmm over heads, which leaves the rope part alone too."""
+    q, w_kv_b = _randn(tokens, HEADS, NOPE + ROPE), _randn(HEADS, NOPE + VALUE, LATENT) * LATENT**-0.5
+    latent = torch.zeros(tokens, HEADS, LATENT + ROPE, dtype=BF16, device=DEVICE)
+    theirs, w_uk = torch.zeros_like(latent), w_kv_b[:, :NOPE]
+
+    def ours() -> Tensor:
+        absorb_queries(q, w_kv_b, latent)
+        return latent
+
+    def by_bmm() -> Tensor:
+        torch.bmm(q[..., :NOPE].transpose(0, 1), w_uk, out=theirs[..., :LATENT].transpose(0, 1))
+        return theirs
+
     return Case(
         operation="absorb_queries",
-        shape=f"{HEADS} x {tokens} x {NOPE} x {LATENT}",
-        ours=lambda: absorb_queries(q, w_kv_b, latent),
+        shape=f"{tokens} x {HEADS} heads",
+        ours=ours,
+        peers={"torch.bmm": by_bmm},
         flops=2 * HEADS * tokens * NOPE * LATENT,
+        num_bytes=2 * HEADS * (tokens * (NOPE + LATENT) + NOPE * LATENT),
+        compare=True,
     )
 
 
 def _expand(tokens: int) -> Case:
-    attended, w_kv_b = _randn(tokens, HEADS, LATENT), _randn(HEADS, NOPE + VALUE, LATENT)
+    """Attended latents into values, as fp8 with scales; torch.bmm gives them as bf16."""
+    attended, w_kv_b = _randn(tokens, HEADS, LATENT), _randn(HEADS, NOPE + VALUE, LATENT) * LATENT**-0.5
     values, scales = _rows_of(tokens, HEADS * VALUE)
+    theirs, w_uv = torch.empty(tokens, HEADS, VALUE, dtype=BF16, device=DEVICE), w_kv_b[:, NOPE:].transpose(1, 2)
     return Case(
         operation="expand_values",
-        shape=f"{HEADS} x {tokens} x {LATENT} x {VALUE}",
+        shape=f"{tokens} x {HEADS} heads",
         ours=lambda: expand_values(attended, w_kv_b, values, scales),
-        flops=2 * HEADS * tokens * LATENT * VALUE,
-    )
+        peers={
+            "torch.bmm, not quantised": lambda: torch.bmm(
+                attended.transpose(0, 1), w_uv, out=theirs.transpose(0, 1)
+            )
+        },
+        flops=2 * HEADS * tokens * VALUE * LATENT,
+        num_bytes=HEADS * (tokens * (2 * LATENT + VALUE) + 2 * VALUE * LATENT),
+    )  # fmt: skip
 
 
 SMALL: dict[str, Callable[[int], Case]] = {
@@ -332,8 +354,8 @@ SMALL: dict[str, Callable[[int], Case]] = {
     "rope_cache": _rope,
     "quantize": _quantize,
     "swiglu_quantize": _swiglu,
-    "absorb": _absorb,
-    "expand": _expand,
+    "absorb_queries": _absorb,
+    "expand_values": _expand,
 }
 
 
