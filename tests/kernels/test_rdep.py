@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nmoe_backend.kernels.rdep import rdep_local_ids_reference
 from nmoe_backend.layers.ops import ops_for
-from nmoe_backend.parallel.ranks import COMPUTING_RANKS, RankGroup
+from nmoe_backend.parallel.ranks import COMPUTING_RANKS, RankContext, RankGroup
 from nmoe_backend.parallel.rdep import Rdep, RdepHandle, RdepShape, moe_reference
 from nmoe_backend.types import ConfigError, RankError, RankPlan, SamplingParams, SlotInit
 from tests.gates.replica import Driver, Replica, hf_model, weight_bytes_of
@@ -223,6 +224,48 @@ def test_abort_from_another_thread_releases_everybody_at_once(tiny_model):
     release.set()
     assert all(isinstance(futures[rank].exception(timeout=30.0), ValueError) for rank in hanging)
     replica.close()
+
+
+class _Graph:
+    """Notes how many ranks had come to launch when it was launched."""
+
+    def __init__(self, arrived: list[int]) -> None:
+        self._arrived = arrived
+        self.seen: list[int] = []
+
+    def replay(self) -> None:
+        self.seen.append(len(self._arrived))
+
+
+def test_no_rank_launches_its_graph_before_all_are_about_to():
+    contexts = RankGroup.create(4, ["cpu"] * 4, 30.0)
+    arrived: list[int] = []
+    graphs = [_Graph(arrived) for _ in contexts]
+
+    def launch(context: RankContext) -> None:
+        with context.activate():
+            arrived.append(context.rank)
+            context.replay(graphs[context.rank])
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(launch, contexts))
+    assert [graph.seen for graph in graphs] == [[4]] * 4
+
+
+def test_a_rank_that_does_not_come_to_launch_is_named_and_nobody_launches():
+    contexts = RankGroup.create(3, ["cpu"] * 3, 0.2)
+    graph = _Graph([])
+
+    def launch(context: RankContext) -> None:
+        with context.activate():
+            context.replay(graph)
+
+    with ThreadPoolExecutor(2) as threads:
+        futures = [threads.submit(launch, context) for context in contexts[:2]]
+    errors = [future.exception() for future in futures]
+    assert all(isinstance(error, RankError) for error in errors)
+    assert any("ranks [2] did not come within 0.2 s" in str(error) for error in errors)
+    assert graph.seen == []
 
 
 def test_worst_skew_through_the_whole_model_gives_the_tokens_of_transformers(device):
