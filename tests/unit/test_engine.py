@@ -171,6 +171,25 @@ def test_a_rank_that_hangs_in_execute_is_named() -> None:
         assert "ranks [1] did not launch step 1 in 0.2 s" in str(sink.error)
 
 
+def test_a_rank_that_missed_its_peer_is_heard_though_its_wait_was_as_long_as_the_engines() -> None:
+    limits = make_limits(num_ranks=2, rank_timeout_s=0.2)
+    ranks = [FakeRank(limits, 0), FakeRank(limits, 1)]
+
+    def hang(plan: object) -> None:
+        ranks[1].aborted.wait(30.0)
+        raise RuntimeError("given up")
+
+    def miss(plan: object) -> None:
+        ranks[0].aborted.wait(0.3)
+        raise RankError("rank 0 waited: ranks [1] did not come")
+
+    ranks[0].execute, ranks[1].execute = miss, hang  # type: ignore[method-assign, assignment]
+    with running(limits, ranks) as (engine, _):
+        sink = submit(engine, 1)
+        assert sink.wait() == "error"
+        assert "rank 0, step 1: RankError: rank 0 waited: ranks [1] did not come" in str(sink.error)
+
+
 def test_requests_that_nobody_has_looked_at_yet_end_with_the_engine_too() -> None:
     limits = make_limits(num_ranks=1)
     is_waited_for, may_fail = threading.Event(), threading.Event()
