@@ -57,6 +57,7 @@ class Asking(User):
     numbers: Iterator[int]  # of the class
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         cls.numbers = itertools.count()
 
     def __init__(self, environment: Any) -> None:
