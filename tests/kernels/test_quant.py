@@ -82,7 +82,7 @@ def test_kept_experts_equal_the_dequantised_ones(num_rows, dtype, device):
     ops = PlainOps(ops_for(torch.device(device)))
     ours = ops.pack_experts(BlockFp8(BLOCK).experts(_weights(kept, dtype, device), EXPERTS, HIDDEN, INTER))
     other = ops.pack_experts(Plain().experts(_weights(plain, dtype, device, cast=True), EXPERTS, HIDDEN, INTER))
-    assert ours.num_local == other.num_local == EXPERTS
+    assert ours.weights.num_local == other.weights.num_local == EXPERTS
     ids = torch.rand(num_rows, EXPERTS + 2, generator=torch.Generator().manual_seed(4)).argsort(-1)[:, :TOP_K] - 2
     ids = ids.clamp(min=-1).to(device, torch.int32)
     x, weights = _random(2, num_rows, HIDDEN).to(device, dtype), _random(3, num_rows, TOP_K).abs().to(device)
