@@ -16,10 +16,11 @@ Routing: `random` logits through the router (3.97 ranks a token: what random wei
 benchmarks); `spread`: eight of the 128 experts of four groups, any with the same chance (3.6). Rows are fp8 with 56
 scales, results bf16; expert rows lie sorted by expert, as the GEMMs leave them.
 
-Timing: a graph of --repeats calls a GPU, replayed by a thread each at the same time; median over the replays, less
-that of a graph without calls; the slower GPU counts. `layer`: dispatch, barrier, give_back, barrier, combine. GB/s:
-bytes that leave a GPU / time. `copy`: Tensor.copy_ of as many bytes to the peer, both directions at once; below 1,024
-tokens it is the host that is timed.
+Timing: graphs of n and of 2 n calls a GPU, each replayed by a thread a GPU at the same time; the difference of their
+medians / n, where n calls take half a millisecond or n is 10; the slower GPU counts. (A graph of few short calls is
+over before the host has launched the next one: what it takes is the host's time.) `layer`: dispatch, barrier,
+give_back, barrier, combine. GB/s: bytes that leave a GPU / time. `copy`: Tensor.copy_ of as many bytes to the peer,
+both directions at once; below 1,024 tokens it is the host that is timed.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ from perf import results
 
 TOKENS = (1, 32, 256, 1024, 4096, 8192)
 WORLD, HIDDEN, TOP_K, LOCAL, GROUPS, TOPK_GROUPS = 8, 7168, 8, 32, 8, 4
-BUDGET_S = 0.15  # of replays of one operation
+BUDGET_S = 0.15  # of replays of one graph
+FEWEST_CALLS, LONG_US = 10, 500.0
 MAX_SPINS = 40_000_000  # ten seconds
 BOTH = ("cuda:0", "cuda:1")
 GOAL_TOKENS, COPY_TOKENS = 256, 4096
@@ -170,17 +172,20 @@ class Group:
     def each(self, run: Callable[[Transport], Any]) -> list[Any]:
         return self.all(lambda context: run(self.ends[context.rank]))
 
-    def time_us(self, operation: Callable[[Transport], None], repeats: int) -> float:
-        """Of one call: graphs of many, behind a barrier that lets them begin together, less a graph of the barrier."""
-        return (self._graph_us(operation, repeats) - self._graph_us(operation, 0)) / repeats
+    def time_us(self, operation: Callable[[Transport], None]) -> float:
+        """Of one call: a graph of twice as many less one of so many that the host's launch of it does not count."""
+        many = max(FEWEST_CALLS, round(FEWEST_CALLS * LONG_US / self._graph_us(operation, FEWEST_CALLS)))
+        return (self._graph_us(operation, 2 * many) - self._graph_us(operation, many)) / many
 
-    def _graph_us(self, operation: Callable[[Transport], None], repeats: int) -> float:
-        def calls(end: Transport) -> None:
+    def _graph_us(self, operation: Callable[[Transport], None], calls: int) -> float:
+        """Of a replay, behind a barrier that lets the GPUs begin together; the slower GPU's median."""
+
+        def run(end: Transport) -> None:
             end.barrier()
-            for _ in range(repeats):
+            for _ in range(calls):
                 operation(end)
 
-        graphs = self.each(lambda end: capture(end.context, lambda: calls(end))[0])
+        graphs = self.each(lambda end: capture(end.context, lambda: run(end))[0])
         first = max(self._replay(graphs, 3))
         return max(self._replay(graphs, max(5, min(50, round(BUDGET_S * 1e6 / first)))))
 
@@ -220,11 +225,11 @@ class Group:
         self._threads.shutdown()
 
 
-def measure(devices: Sequence[str], routing: str, tokens: int, repeats: int) -> dict[str, Any]:
+def measure(devices: Sequence[str], routing: str, tokens: int) -> dict[str, Any]:
     """Microseconds of each operation, and what it sends."""
     group = Group(devices, routing, tokens)
     operations = [Transport.dispatch, Transport.give_back, Transport.combine, Transport.barrier, Transport.layer]
-    found: dict[str, Any] = {f"{op.__name__}_us": group.time_us(op, repeats) for op in operations}
+    found: dict[str, Any] = {f"{op.__name__}_us": group.time_us(op) for op in operations}
     sent = group.ends[0].sent_bytes
     found["visits"] = group.ends[0].visits / tokens
     if len(devices) > 1:
@@ -284,7 +289,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="tokens a GPU")
     parser.add_argument("--routing", nargs="+", choices=("random", "spread"), default=["random", "spread"])
-    parser.add_argument("--repeats", type=int, default=20, help="calls in a graph")
     results.add_arguments(parser)
     args = results.parse(parser, argv)
     results.require_gpu(2)
@@ -294,9 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for tokens in args.tokens:
         for routing in args.routing:
             began_s = time.monotonic()
-            two, one = (
-                measure(devices, routing, tokens, args.repeats) for devices in (["cuda:0", "cuda:1"], ["cuda:0"])
-            )
+            two, one = (measure(devices, routing, tokens) for devices in (["cuda:0", "cuda:1"], ["cuda:0"]))
             entry = {"tokens": tokens, "routing": routing, "two_gpus": two, "loopback": one}
             entry |= {"correction_us": two["layer_us"] - one["layer_us"], "took_s": time.monotonic() - began_s}
             entries.append(entry)
