@@ -160,6 +160,21 @@ def test_a_full_queue_is_429_with_retry_after(sdk: OpenAI, triton: TritonServer)
             assert "max_queue_size=4" in caught.value.message
 
 
+def test_refusals_that_cancel_what_began_beside_them_do_not_hurt_the_server(
+    tmp_path: Path, api_checkpoint: Path
+) -> None:
+    """Server 2.51 crashes or hangs within fifty such requests where errors are asked for as a stream's status."""
+    with scripted(tmp_path, api_checkpoint) as (server, config), FrontEnd(config, server.grpc) as front:
+        with OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0, timeout=60.0) as client:
+            for _ in range(100):
+                with pytest.raises(RateLimitError):
+                    client.completions.create(model=MODEL, prompt=["hello"] * 16, max_tokens=1)
+            assert server.process.exit_code() is None
+            wait_for(server, running=0, waiting=0)
+            assert client.completions.create(model=MODEL, prompt="hello", max_tokens=1).usage
+        server.process.kill()  # it would wait half a minute for requests that it leaked when they were cancelled
+
+
 def test_the_request_s_own_time_limit_is_504_or_an_error_event(sdk: OpenAI, triton: TritonServer) -> None:
     hasty = {**LONG, "extra_body": {"ignore_eos": True, "timeout": 0.5}}
     with pytest.raises(InternalServerError) as whole:
