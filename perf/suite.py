@@ -20,7 +20,10 @@ from typing import Any
 
 from perf import results
 from perf.bench_kernels import kernel_lines
+from perf.model_folder import write_model_folder
 from perf.regression import regressions
+
+MODEL = "model"  # in the folder: config.json and a tokenizer, for the streams over scripted ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,11 @@ class Benchmark:
         """What runs."""
         command = [sys.executable, "-m", f"perf.bench_{self.name}", *self.arguments]
         command += ["--commit", args.commit, "--output", str(self.document(folder))]
-        return [*command, "--peers", str(args.peers)] if self.name == "kernels" and args.peers else command
+        if self.name == "kernels" and args.peers:
+            command += ["--peers", str(args.peers.absolute())]
+        if self.name == "streaming":
+            command += ["--model", str(folder / MODEL)]
+        return command
 
     def document(self, folder: Path) -> Path:
         """The JSON that it leaves."""
@@ -94,6 +101,8 @@ def run_all(chosen: Sequence[Benchmark], folder: Path, args: argparse.Namespace)
     import torch
 
     found = torch.cuda.device_count()
+    if any(benchmark.name == "streaming" for benchmark in chosen):
+        write_model_folder(folder / MODEL)
     ran = [benchmark for benchmark in chosen if benchmark.num_gpus <= found]
     for benchmark in chosen:
         if benchmark not in ran:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,16 @@ def test_every_benchmark_of_the_suites_exists_and_measures_what_it_says() -> Non
 )
 def test_a_baseline_belongs_to_a_kind_of_gpu(gpu: str, file: str) -> None:
     assert suite.baseline_path(gpu).name == file
+
+
+def test_paths_reach_the_benchmarks_that_want_them(tmp_path: Path) -> None:
+    args = argparse.Namespace(commit="abc", peers=Path("/p"))
+    commands = {one.name: one.command(tmp_path, args) for one in suite.SUITES["full"]}
+    assert {name for name, command in commands.items() if "--peers" in command} == {"kernels"}
+    assert {name for name, command in commands.items() if "--model" in command} == {"streaming"}
+    assert commands["rdep"][1:] == [
+        "-m", "perf.bench_rdep", "--commit", "abc", "--output", str(tmp_path / "rdep.json")
+    ]  # fmt: skip
 
 
 def test_an_unknown_benchmark_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
