@@ -2,9 +2,10 @@
 
     out[t, n] = sum_b x_scales[b, t] * w_scales[n // 128, b] * (x[t, b] . w[n, b]),   b over blocks of 128 of the k axis
 
-Shapes: x [T, K] e4m3; x_scales [ceil(K / 128), >= T] fp32, rows (one block of K each) contiguous in t: the transpose of
-what a quantiser writes a token; what lies past T in a row is never used, NaN included; w [N, K] e4m3; w_scales
-[ceil(N / 128), ceil(K / 128)] fp32 contiguous; out [T, N] bf16. K a multiple of 16, N of 8 (TMA strides).
+Shapes: x [T, K] e4m3; x_scales [ceil(K / 128), >= T] fp32, rows (one block of K each) contiguous in t, at multiples of
+16 bytes: the transpose of what a quantiser writes a token; what lies past T in a row is never used, NaN included;
+w [N, K] e4m3; w_scales [ceil(N / 128), ceil(K / 128)] fp32 contiguous; out [T, N] bf16. K a multiple of 16, N of 8 (TMA
+strides).
 
 Numerics: the product of one block of 128 is summed in the tensor core (about 14 bits) and added to the fp32 sum with
 its two scales. A row's result depends neither on the other rows' values nor on timing; nor on T, unless the workspace
@@ -409,10 +410,11 @@ def _check(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out: Tensor
             f"got x {tuple(x.shape)}, w {tuple(w.shape)}, w_scales {tuple(w_scales.shape)}, out {tuple(out.shape)}; "
             "need [T, K], [N, K], [ceil(N / 128), ceil(K / 128)], [T, N], with K a multiple of 16 and N of 8."
         )
-    if x_scales.shape[0] != blocks[1] or x_scales.shape[1] < num_tokens or x_scales.stride(1) != 1:
+    is_ragged = x_scales.stride(1) != 1 or x_scales.stride(0) % 4  # TMA would begin a load inside of 16 bytes
+    if x_scales.shape[0] != blocks[1] or x_scales.shape[1] < num_tokens or is_ragged:
         raise ValueError(
             f"got x_scales {tuple(x_scales.shape)} with strides {x_scales.stride()}; need "
-            f"[{blocks[1]}, >= {num_tokens}] with contiguous rows: one block of K a row."
+            f"[{blocks[1]}, >= {num_tokens}] with contiguous rows at multiples of 16 bytes: one block of K a row."
         )
     fp8 = torch.float8_e4m3fn
     if (x.dtype, w.dtype, out.dtype) != (fp8, fp8, torch.bfloat16) or not w_scales.is_contiguous():

@@ -124,8 +124,9 @@ def test_without_cuts_a_row_does_not_depend_on_the_number_of_rows(n, k):
         plan = gemm_plan(num_tokens, n, k, NUM_SMS, allows_cuts=False)
         shapes.add((plan.block_p, plan.block_q, plan.swap))
         out = torch.empty(num_tokens, n, device=DEVICE, dtype=torch.bfloat16)
-        rows = x[-num_tokens:], scales[:, 1030 - num_tokens : 1030].contiguous(), w, w_scales
-        block_fp8_gemm(*rows, out, workspace, NUM_SMS)
+        some = torch.empty(scales.shape[0], -(-num_tokens // 16) * 16, device=DEVICE)[:, :num_tokens]
+        some.copy_(scales[:, 1030 - num_tokens : 1030])
+        block_fp8_gemm(x[-num_tokens:], some, w, w_scales, out, workspace, NUM_SMS)
         results[num_tokens] = out
     assert len(shapes) >= 5
     assert [t for t, out in results.items() if not torch.equal(out, results[1030][-t:])] == []
@@ -152,3 +153,5 @@ def test_operands_that_do_not_fit_are_an_error():
         _gemm((x, scales, w[:, :256], w_scales))
     with pytest.raises(ValueError, match="one block of K a row"):
         _gemm((x, scales[:2], w, w_scales))
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        _gemm((x, torch.zeros(scales.shape[0], 9, device=DEVICE), w, w_scales))
