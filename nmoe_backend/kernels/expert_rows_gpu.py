@@ -17,7 +17,7 @@ Worked example, 2 experts, K = 2, tile 128:  ids [[[0, 1], [1, -1], [-1, -1]]]
     row_idx [[[0, 16], [17, -1], [-1, -1]]]   tiles [[[0, 0, 0, 1], [1, 1, 16, 18]]]   num_tiles [2]
 
 A tile is (expert, the expert's first tile, its first row, the row past its last): 128 rows each. int32 throughout, row
-offsets int64. Grids: one program a chunk of slots, then one a chunk and a window; gather: one a slot, up to 2,048. All
+offsets int64. Grids: one program a chunk of slots, then one a chunk and a window; gather: one a slot, up to 4,096. All
 of it replays in a graph; step_tokens is the bucket, as in rdep_gpu.py.
 """
 
@@ -40,7 +40,7 @@ _BLOCK = 128  # choices that are placed at a time: by comparing each with each, 
 _CHUNKS = 512  # wanted for many choices: every program reads the counts of all
 _MAX_CHUNK = 2048  # choices, padded ones included, that one program counts and places, at most
 _MAX_CHUNKS = 512
-_GATHER_PROGRAMS = 2048
+_GATHER_PROGRAMS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -41,7 +41,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _ALIGN = 256
 _COLUMNS = 2048  # of a row, that one program of give_back and combine adds up
-_GIVE_BACK_PROGRAMS = 2048  # times the parts of a row; an empty window launches them all
+_GIVE_BACK_PROGRAMS = 4096  # times the parts of a row
 _WORDS = 1024  # int32 words of a row that one program of dispatch copies at a time
 
 
