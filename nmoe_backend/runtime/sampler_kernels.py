@@ -130,12 +130,12 @@ class KernelSampler:
         )
 
     def prompt_logprobs(self, logits: Tensor, target_ids: Sequence[int], num_top: int) -> LogprobColumns:
-        targets = self._upload(target_ids, torch.int64)
+        targets = self._upload(target_ids, np.int64)
         stats = RowStats.create(len(target_ids), self._vocab_size, self._device)
         out = LogprobRows.create(len(target_ids), min(num_top, self._vocab_size), self._device)
         raw_stats(logits, stats, None, None)
         logprobs(logits, targets, stats, out)
-        return _logprob_columns([num_top] * len(target_ids), targets, out)
+        return _columns_of([num_top] * len(target_ids), targets, out)
 
     def variant_of(self, slots: Sequence[int]) -> Variant:
         """What a step of these slots needs, grammars aside."""
@@ -186,7 +186,7 @@ class KernelSampler:
         num_top = self._rows[list(slots), table.NUM_TOP.value]
         if num_top.max() < 0:
             return None
-        return _logprob_columns(num_top.tolist(), self._token_ids[: len(slots)], self._logprobs)
+        return _columns_of(num_top.tolist(), self._token_ids[: len(slots)], self._logprobs)
 
     def _fill_row(self, slot: int, needs: SlotNeeds, edits: int) -> None:
         """All parameters of a slot but for what `_fill_tables` has written."""
@@ -217,16 +217,16 @@ class KernelSampler:
         """What is too large for a slot's row, where the sequence needs it; -> the bits of EDITS."""
         slot, tables, row, edits = init.slot, self._tables, self._rows[init.slot], 0
         bias, phrases, lists = needs.sampling.logit_bias, needs.phrases, []
-        outputs = self._upload(init.output_ids, torch.int32) if needs.has_penalties or phrases else None
+        outputs = self._upload(init.output_ids, np.int32) if needs.has_penalties or phrases else None
         if needs.has_penalties and outputs is not None:
             edits |= table.HAS_PENALTIES.value
             tables.counts[slot].zero_().index_add_(0, outputs, torch.ones_like(outputs))
-            tables.prompt_mask[slot].zero_().index_fill_(0, self._upload(init.prompt_ids, torch.int64), 1)
+            tables.prompt_mask[slot].zero_().index_fill_(0, self._upload(init.prompt_ids, np.int64), 1)
         if phrases and outputs is not None:
             edits |= table.HAS_PHRASES.value
             begin = len(init.prompt_ids)
             tables.history[slot].fill_(NO_TOKEN)[begin : begin + len(outputs)] = outputs
-            lists.append(self._upload(phrases, torch.int32))
+            lists.append(self._upload(phrases, np.int32))
             row[table.PHRASES.value] = lists[-1].data_ptr()
             row[table.NUM_PHRASES.value], row[table.PHRASE_LEN.value] = lists[-1].shape
         if needs.stop_ids:
@@ -238,7 +238,7 @@ class KernelSampler:
         if bias:
             edits |= table.HAS_BIAS.value
             values = np.fromiter(bias.values(), dtype=np.float32, count=len(bias)).view(np.int32)
-            lists.append(self._upload([*bias, *values], torch.int32))
+            lists.append(self._upload([*bias, *values], np.int32))
             row[table.BIAS.value], row[table.NUM_BIAS.value] = lists[-1].data_ptr(), len(bias)
         self._lists[slot] = lists
         return edits
@@ -247,18 +247,15 @@ class KernelSampler:
         """[ceil(V / 32)] int32 on the device: bit t % 32 of word t // 32 is 0 for these ids."""
         words, tokens = np.full(self._tables.unbanned.shape[1], 2**32 - 1, dtype=np.uint32), np.asarray(ids)
         np.bitwise_and.at(words, tokens // 32, ~(np.uint32(1) << (tokens % 32).astype(np.uint32)))
-        return self._upload(words.view(np.int32), torch.int32)
+        return self._upload(words.view(np.int32), np.int32)
 
-    def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
+    def _upload(self, values: Any, dtype: npt.DTypeLike) -> Tensor:
         """On the device; nobody waits for its way there."""
-        tensor = torch.as_tensor(np.asarray(values, dtype=_NUMPY[dtype]))
+        tensor = torch.as_tensor(np.asarray(values, dtype=dtype))
         return (tensor.pin_memory() if self._pinned else tensor).to(self._device, non_blocking=True)
 
     def _host_zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, pin_memory=self._pinned)
-
-
-_NUMPY: dict[torch.dtype, npt.DTypeLike] = {torch.int32: np.int32, torch.int64: np.int64}
 
 
 def _buckets(max_batch_size: int) -> tuple[int, ...]:
@@ -267,7 +264,7 @@ def _buckets(max_batch_size: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_batch_size), max_batch_size)
 
 
-def _logprob_columns(num_top: Sequence[int], token_ids: Tensor, rows: LogprobRows) -> LogprobColumns:
+def _columns_of(num_top: Sequence[int], token_ids: Tensor, rows: LogprobRows) -> LogprobColumns:
     num_rows = len(num_top)
     return LogprobColumns(
         num_top=num_top,
