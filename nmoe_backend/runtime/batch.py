@@ -92,5 +92,7 @@ class SlotState:
                 f"plan of {len(plan.slots)} rows and {num_prefill} prefill tokens exceeds max_batch_size="
                 f"{limits.max_batch_size} or max_prefill_tokens={limits.max_prefill_tokens}"
             )
+        if not all(plan.samples[: plan.num_decode]):
+            raise AssertionError(f"plan has {plan.num_decode} decode rows, and not each of them yields a token")
         if sum(plan.lengths) != plan.num_tokens:
             raise AssertionError(f"plan has {plan.num_tokens} tokens for rows of lengths {tuple(plan.lengths)}")

@@ -161,6 +161,17 @@ def test_every_step_within_the_limits_finds_the_cheapest_bucket_that_holds_it(ov
         assert not any(b.rows >= rows and b.tokens >= tokens and b.keys >= max(keys) for b in cheaper)
 
 
+def test_a_step_without_rows_takes_the_smallest():
+    assert choose_bucket(step_buckets(limits_for(2, 64)), StepPlan(step_id=1, ranks=(RankPlan(), RankPlan()))).size == 1
+
+
+def test_a_decode_row_that_yields_no_token_is_refused(tiny_model, padded):
+    replica = Replica(tiny_model, 1)
+    with pytest.raises(AssertionError, match="1 decode rows, and not each of them yields a token"):
+        replica.step(RankPlan(slots=[0], starts=[3], lengths=[1], num_decode=1, samples=[False]))
+    replica.close()
+
+
 def test_a_step_that_nothing_was_prepared_for_is_an_error():
     step = StepPlan(step_id=1, ranks=(RankPlan(slots=[0], starts=[3], lengths=[1], num_decode=1, samples=[True]),))
     with pytest.raises(AssertionError, match="a step of 1 decode rows; none"):
