@@ -9,6 +9,6 @@ Kernels of a step start while the one ahead in the stream still runs (programmat
 calls `gdc_wait` before it reads what an earlier kernel wrote and before it writes at all: it returns when the kernel
 ahead has ended, which has waited in its turn. Before it lie addresses and what never changes during a step: weights,
 which must have been complete (a synchronisation, at load) before the first step. `gdc_launch_dependents`, always behind
-the kernel's own wait, lets the next one start early; kernels that fill every SM leave it out: the first SM that is free
-would take more than its share of the next kernel's programs.
+the kernel's own wait, lets the next one start early. Kernels that fill every SM leave it out where the next one has
+several programs an SM: the first SM that is free would take more than its share of them.
 """
