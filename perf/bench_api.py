@@ -178,11 +178,17 @@ def quantile(values: Sequence[float], q: float) -> float:
 def added_ms(grpc: Sequence[Arrivals], openai: Sequence[Arrivals]) -> list[float]:
     """How much later than over gRPC each token came over SSE, while both ran.
 
-    A step's tokens arrive over gRPC at about the same time: the middle one stands for the step. An arrival over SSE
-    belongs to the nearest step before it, or the next one where it was up to a quarter of a step earlier.
+    A step's tokens arrive over gRPC at about the same time: the middle one stands for the step. Streams begin in
+    different steps, so a step is what arrived within half a step of one stream's token, and not their n-th tokens. An
+    arrival over SSE belongs to the nearest step before it, or the next one where it was up to a quarter of a step
+    earlier.
     """
-    columns = zip(*(one.times for one in grpc), strict=False)
-    steps = sorted(statistics.median(column) for column in columns)
+    everybody = sorted(time_s for one in grpc for time_s in one.times)
+    steps = []
+    for time_s in grpc[0].times:
+        first, last = (bisect.bisect(everybody, time_s + half) for half in (-STEP_S / 2, STEP_S / 2))
+        steps.append(statistics.median(everybody[first:last]))
+    steps.sort()
     added = []
     for arrivals in openai:
         for time_s in arrivals.times:
