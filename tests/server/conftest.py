@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from scripts.make_tiny_checkpoint import make_checkpoint
-from tests.server.reference import Reference
 from tests.triton_server import TritonServer, write_config
+
+if TYPE_CHECKING:
+    from tests.server.reference import Reference
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +22,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(model_path: Path) -> Reference:
+    from tests.server.reference import Reference  # transformers: seconds, and few tests need it
+
     return Reference(model_path)
 
 

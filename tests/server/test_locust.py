@@ -10,9 +10,10 @@ import pytest
 
 from perf.scripted import ROOT
 from tests.front_end import FrontEnd
-from tests.server.test_clients import settled
+from tests.server.test_clients import settled, snapshot_at_rest
 from tests.triton_server import TritonServer
 
+GENERATED = "nmoe_generation_tokens_total"
 PYTHON = ROOT / ".venv-tools" / "bin" / "python"
 
 
@@ -21,7 +22,7 @@ def test_locusts_users_get_every_token_that_they_asked_for(
     triton: TritonServer, config_path: Path, tmp_path: Path
 ) -> None:
     assert PYTHON.exists(), "locust is not set up. Run scripts/_tools, or scripts/test --all."
-    before = triton.metric("nmoe_generation_tokens_total")
+    before = snapshot_at_rest(triton, [GENERATED])[GENERATED]
     with FrontEnd(config_path, triton.grpc) as front:
         command = [
             str(PYTHON), "-m", "locust", "-f", "perf/locustfile.py", "--headless", "--host", front.url,
@@ -36,5 +37,5 @@ def test_locusts_users_get_every_token_that_they_asked_for(
     assert lines.keys() == {name + part for name in whole for part in ("", ": first token", ": between tokens")}
     assert all(lines[name]["num_requests"] == lines[f"{name}: first token"]["num_requests"] > 0 for name in whole)
     num_tokens = sum(lines[name]["total_content_length"] for name in whole)
-    settled(triton, {"nmoe_generation_tokens_total": before + num_tokens})
+    settled(triton, {GENERATED: before + num_tokens})
     assert "chat: first token" in (tmp_path / "load.html").read_text()
