@@ -83,6 +83,11 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body is too large, need at most {limit} bytes. Send less, or raise max_request_bytes.")
 
 
+def shutting_down() -> ApiError:
+    """503 for what the drain left unfinished."""
+    return ApiError(503, "the server shuts down, and drain_s is over. Try again.")
+
+
 def of_engine(text: str) -> ApiError:
     """What the model answered. INVALID texts begin with the parameter's name where there is one."""
     word, colon, message = text.partition(": ")

@@ -5,6 +5,7 @@ Not Starlette's BaseHTTPMiddleware: that copies every event of a stream through 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -18,8 +19,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nmoe_backend.api.engine_client import TRACEPARENT
-from nmoe_backend.api.errors import ApiError, too_large
-from nmoe_backend.api.http import CLIENT_LEFT
+from nmoe_backend.api.errors import ApiError, shutting_down, too_large
+from nmoe_backend.api.http import CUT_SHORT
 from nmoe_backend.api.metrics import ApiMetrics
 from nmoe_backend.event_log import log_event
 from nmoe_backend.openai_config import OpenAIConfig
@@ -61,6 +62,10 @@ class Gate:
             if answer.status:
                 raise
             await answer.refuse(error)
+        except asyncio.CancelledError:  # by uvicorn, drain_s behind SIGTERM
+            if answer.status:
+                raise
+            await answer.refuse(shutting_down())
         except Exception:
             if not answer.is_whole:  # else it was logged and answered; raised again it would reset the connection
                 raise
@@ -68,8 +73,8 @@ class Gate:
             took_s = time.perf_counter() - begun_s
             route = scope.get("route")
             path = getattr(route, "path", "other")  # a template: labels stay few
-            has_left = not answer.status or scope["state"].get(CLIENT_LEFT, False)
-            status = 499 if has_left else answer.status
+            is_cut = not answer.status or scope["state"].get(CUT_SHORT, False)
+            status = 499 if is_cut else answer.status
             self._metrics.ended(path, status, took_s)
             first_byte_s = None if answer.begun_s is None else round(answer.begun_s - begun_s, 6)
             took = {"status": status, "first_byte_s": first_byte_s, "latency_s": round(took_s, 6)}

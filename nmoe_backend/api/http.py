@@ -14,10 +14,10 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nmoe_backend.api.errors import ApiError
+from nmoe_backend.api.errors import ApiError, shutting_down
 
 SLOW_READER_S = 10.0  # behind a request's time, to read the rest
-CLIENT_LEFT = "client_left"  # in a request's state
+CUT_SHORT = "cut_short"  # in a request's state: its stream has begun, and its client did not get the end
 DONE = b"data: [DONE]\n\n"
 ResultT = TypeVar("ResultT")
 
@@ -89,11 +89,15 @@ class EventStream(Response):
         self._events, self._close, self._limit_s = events, close, limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the end or until the client is gone, which is noted for the log: the status has left already."""
+        """Send until the end, until the client is gone, or until the server's own end cancels it. The latter two are
+        noted for the log: the status has left already."""
         try:
             await unless_gone(receive, self._send_all(send), self._limit_s + SLOW_READER_S)
         except ClientGone:
-            scope["state"][CLIENT_LEFT] = True
+            scope["state"][CUT_SHORT] = True
+        except asyncio.CancelledError:
+            scope["state"][CUT_SHORT] = True
+            await _send_end(send, shutting_down())
         finally:
             await self._close()
 
@@ -103,8 +107,13 @@ class EventStream(Response):
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except ApiError as error:
-            await send({"type": "http.response.body", "body": b"data: " + error.body() + b"\n\n", "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await _send_end(send, error)
+        else:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_end(send: Send, error: ApiError) -> None:
+    await send({"type": "http.response.body", "body": b"data: " + error.body() + b"\n\n", "more_body": False})
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -247,14 +247,24 @@ def test_sigterm_cancels_what_is_not_done_in_time(
 ) -> None:
     config = tmp_path / "hasty.toml"
     config.write_text(slow[1].read_text().replace("drain_s = 20.0", f"drain_s = 1.0\nworkers = {workers}"))
-    with FrontEnd(config, triton.grpc) as server, ThreadPoolExecutor(1) as pool:
+    with FrontEnd(config, triton.grpc) as server, ThreadPoolExecutor(2) as pool:
         texts: list[str] = []
-        future = pool.submit(_chunks, server.url, texts, 2000)
+        streamed = pool.submit(_chunks, server.url, texts, 2000)
+        body = {"model": MODEL, "prompt": "hello", "max_tokens": 2000, "ignore_eos": True}
+        whole = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False)
         wait_until(lambda: len(texts) > 3, WITHIN_S, "a stream has begun")
+        wait_for(triton, running=2, waiting=0)
         server.terminate()
         wait_until(lambda: server.process.exit_code() is not None, WITHIN_S, "the front end has ended")
         assert server.process.exit_code() == 0
-        assert future.exception(30) is not None or future.result()[0] is None
+        reason, last = streamed.result(30)
+        assert reason is None
+        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "service_unavailable_error"
+        assert whole.result(30).status_code == 503 and "retry-after" in whole.result().headers
+        assert whole.result().json()["error"]["type"] == "service_unavailable_error"
+        assert not [line for line in server.lines if "Traceback" in line]
+        endings = [json.loads(line) for line in server.lines if '"latency_s"' in line and "completions" in line]
+        assert sorted((one["event"], one["status"]) for one in endings) == [("cancelled", 499), ("refused", 503)]
     wait_for(triton, 0, 0)
 
 
