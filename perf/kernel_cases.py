@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm, gemm_workspace
+from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm
 from nmoe_backend.kernels.expert_gemm_sm90 import expert_down, expert_up
 from nmoe_backend.kernels.expert_rows_gpu import expert_row_index, expert_rows, gather_expert_rows, num_expert_rows
 from nmoe_backend.kernels.mla_absorb_sm90 import absorb_queries, expand_values
@@ -160,10 +160,9 @@ def _gemm(peers: Peers, tokens: int, n: int, k: int) -> Case:
     wide = torch.rand(k // 128, -(-tokens // 16) * 16, device=DEVICE)
     x_scales = wide[:, :tokens]
     out = torch.empty(tokens, n, dtype=BF16, device=DEVICE)
-    workspace = gemm_workspace(x.device, num_sms)
 
     def ours() -> Tensor:
-        block_fp8_gemm(x, x_scales, w, w_scales, out, workspace, num_sms)
+        block_fp8_gemm(x, x_scales, w, w_scales, out, num_sms)
         return out
 
     return Case(

@@ -8,22 +8,19 @@ w [N, K] e4m3; w_scales [ceil(N / 128), ceil(K / 128)] fp32 contiguous; out [T, 
 strides).
 
 Numerics: the product of one block of 128 is summed in the tensor core (about 14 bits) and added to the fp32 sum with
-its two scales. A row's result depends neither on the other rows' values nor on timing; nor on T, unless the workspace
-allows cuts: a tile that is cut along k (below) is the sum of its pieces, in order, and T decides which tiles are.
+its two scales, in the order of k, whatever the tile. A row's result depends neither on the other rows nor on T.
 
 Operands: the tensor core takes 64 rows of P and BLOCK_Q rows of Q. With many tokens P = x; with few P = w ("swap"),
 so that 16 tokens don't pay for 64. Each consumer warpgroup owns 64 rows of P; one warp feeds the TMA queue. KU products
 are in flight while the first of them is added up: a warpgroup that waits for each product spends 0.3 us a block.
 
-Grid: one program an SM, persistent; program i takes units i, i + grid, ... A unit is a tile or, for the tiles that do
-not fill a last wave, one of its SPLITS pieces of the k axis: pieces go to `partials`, the last to arrive adds them up
-in order (an atomic counter a piece, left at zero). No allocation; safe under graph capture; one workspace a stream.
+Grid: one program an SM, persistent; program i takes tiles i, i + grid, ... No allocation; safe under graph capture.
 """
 
 # A jit function has no types that mypy knows; launchers are typed.
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# It takes what others find in objects as arguments, and a constant condition must stand alone.
-# ruff: noqa: PLR0913, SIM102
+# It takes what others find in objects as arguments.
+# ruff: noqa: PLR0913
 
 from __future__ import annotations
 
@@ -45,7 +42,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
 BLOCK = 128
-MAX_SPLITS = 2
 SHARED_BYTES = 227 * 1024 - 512  # of a program, less barriers and alignment
 
 _FP8 = gl.NVMMASharedLayout(128, 8, 2)
@@ -54,47 +50,24 @@ _SCALES = gl.NVMMASharedLayout(0, 32, 1)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GemmPlan:
-    """Tile shape and schedule of one (T, N, K)."""
+    """Tile shape and schedule of one (T, N)."""
 
     block_p: int
     block_q: int
     swap: bool
     unroll: int
     stages: int
-    splits: int
     group: int  # tiles of P that run side by side, for reuse in L2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GemmWorkspace:
-    """Partial sums of cut tiles; one a stream, for any shape."""
-
-    partials: Tensor
-    counters: Tensor  # zero between launches
-    allows_cuts: bool
 
 
 # fmt: off
 @gluon.jit
-def _tile(index, num_p, num_q, num_k, num_full, SPLITS: gl.constexpr, GROUP: gl.constexpr):
-    """Tiles [0, num_full) are whole; each later one is SPLITS pieces of the k axis."""
-    tile = index
-    begin = 0
-    end = num_k
-    split = 0
-    if SPLITS > 1:
-        if index >= num_full:
-            piece = index - num_full
-            tile = num_full + piece // SPLITS
-            split = piece % SPLITS
-            begin = num_k * split // SPLITS
-            end = num_k * (split + 1) // SPLITS
+def _tile(tile, num_p, num_q, GROUP: gl.constexpr):
+    """Tile -> its places along P and Q."""
     width = GROUP * num_q
     first = tile // width * GROUP
     size = gl.minimum(num_p - first, GROUP)
-    p = first + (tile % width) % size
-    q = (tile % width) // size
-    return p, q, tile, split, begin, end
+    return first + (tile % width) % size, (tile % width) // size
 
 
 @gluon.jit
@@ -119,27 +92,25 @@ def _load_weights(p_desc, q_desc, p_buf, q_buf, bar, p, q, k, stage, pred,
 
 
 @gluon.jit
-def _load(p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_full, num_units,
-          scale_stride,
+def _load(p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles, scale_stride,
           BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, KU: gl.constexpr,
-          STAGES: gl.constexpr, SPLITS: gl.constexpr, GROUP: gl.constexpr):
+          STAGES: gl.constexpr, GROUP: gl.constexpr):
     SUBS: gl.constexpr = BLOCK_P // 64
     G: gl.constexpr = 4 if KU == 4 else 1
     BYTES: gl.constexpr = G * ((BLOCK_P + BLOCK_Q) * 128 + s_buf.shape[1] * 4)
     # Weights never change: those of the first stages are on their way before the kernel ahead has ended.
-    p, q, _tile_index, _split, begin, end = _tile(gl.program_id(0), num_p, num_q, num_k, num_full, SPLITS, GROUP)
-    ahead = gl.minimum((end - begin) * (KU // G), STAGES)
+    p, q = _tile(gl.program_id(0), num_p, num_q, GROUP)
+    ahead = gl.minimum(num_k * (KU // G), STAGES)
     for s in range(ahead):
         mbarrier.expect(full.index(s), BYTES)
-        _load_weights(p_desc, q_desc, p_buf, q_buf, full.index(s), p, q, begin * (KU // G) + s, s, True, BLOCK_P,
-                      BLOCK_Q, SWAP, G)
+        _load_weights(p_desc, q_desc, p_buf, q_buf, full.index(s), p, q, s, s, True, BLOCK_P, BLOCK_Q, SWAP, G)
     gdc_wait()
     stage = 0
     phase = 1
-    for index in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        p, q, _tile_index, _split, begin, end = _tile(index, num_p, num_q, num_k, num_full, SPLITS, GROUP)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        p, q = _tile(tile, num_p, num_q, GROUP)
         token = q * BLOCK_Q if SWAP else p * BLOCK_P
-        for k in range(begin * (KU // G), end * (KU // G)):
+        for k in range(num_k * (KU // G)):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, BYTES, pred=ahead <= 0)
@@ -159,36 +130,17 @@ def _load(p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q
 
 
 @gluon.jit
-def _store(acc, out_desc, out_buf, partials, counters, piece, split, whole, row, col,
-           BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, SPLITS: gl.constexpr):
-    """One [64, BLOCK_Q] piece: out it goes, or into the partial sums; the last to arrive adds those in order."""
-    last = True
-    if SPLITS > 1:
-        if not whole:
-            lay: gl.constexpr = acc.type.layout
-            r = gl.arange(0, 64, gl.SliceLayout(1, lay))
-            c = gl.arange(0, BLOCK_Q, gl.SliceLayout(0, lay))
-            offsets = r[:, None] * BLOCK_Q + c[None, :]
-            base = partials + piece.to(gl.int64) * (SPLITS * 64 * BLOCK_Q)
-            gl.store(base + split * (64 * BLOCK_Q) + offsets, acc)
-            gl.thread_barrier()
-            arrived = gl.atomic_add(counters + piece, 1, sem="acq_rel")
-            last = arrived == SPLITS - 1
-            if last:
-                acc = gl.load(base + offsets, cache_modifier=".cg")
-                for s in range(1, SPLITS):
-                    acc += gl.load(base + s * (64 * BLOCK_Q) + offsets, cache_modifier=".cg")
-                gl.store(counters + piece, 0)
-    if last:
-        tma.store_wait(0)
-        if SWAP:
-            out_buf.permute((1, 0)).store(acc.to(gl.bfloat16))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [col, row], out_buf)
-        else:
-            out_buf.store(acc.to(gl.bfloat16))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [row, col], out_buf)
+def _store(acc, out_desc, out_buf, row, col, SWAP: gl.constexpr):
+    """One [64, BLOCK_Q] piece."""
+    tma.store_wait(0)
+    if SWAP:
+        out_buf.permute((1, 0)).store(acc.to(gl.bfloat16))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [col, row], out_buf)
+    else:
+        out_buf.store(acc.to(gl.bfloat16))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [row, col], out_buf)
 
 
 @gluon.jit
@@ -200,10 +152,10 @@ def _scale(s_buf, slot, w_scale, layout: gl.constexpr, ME: gl.constexpr, BLOCK_Q
 
 
 @gluon.jit
-def _consume(out_desc, ws, partials, counters, p_buf, q_buf, s_buf, out_buf, full, empty, num_p, num_q, num_k,
-             num_full, num_units, ws_stride, ws_rows, ws_cols,
+def _consume(out_desc, ws, p_buf, q_buf, s_buf, out_buf, full, empty, num_p, num_q, num_k, num_tiles, ws_stride,
+             ws_rows, ws_cols,
              ME: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, KU: gl.constexpr,
-             STAGES: gl.constexpr, SPLITS: gl.constexpr, GROUP: gl.constexpr):
+             STAGES: gl.constexpr, GROUP: gl.constexpr):
     """Warpgroup ME: rows [64 ME, 64 ME + 64) of the tile. KU products are in flight while the first is added up."""
     G: gl.constexpr = 4 if KU == 4 else 1
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 32])
@@ -212,14 +164,14 @@ def _consume(out_desc, ws, partials, counters, p_buf, q_buf, s_buf, out_buf, ful
     phase = 0
     zero = gl.zeros([64, BLOCK_Q], gl.float32, mma)
     gdc_wait()
-    for index in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        p, q, tile, split, begin, end = _tile(index, num_p, num_q, num_k, num_full, SPLITS, GROUP)
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        p, q = _tile(tile, num_p, num_q, GROUP)
         row = p * BLOCK_P + ME * 64
         col = q * BLOCK_Q
         w_row = row if SWAP else col
         ws_row = ws + gl.minimum(w_row // 128, ws_rows - 1) * ws_stride
         acc = gl.zeros([64, BLOCK_Q], gl.float32, mma)
-        for k in range(begin, end):
+        for k in range(num_k):
             w0 = gl.load(ws_row + k * KU)
             if KU >= 2:
                 w1 = gl.load(ws_row + gl.minimum(k * KU + 1, ws_cols - 1))
@@ -268,18 +220,16 @@ def _consume(out_desc, ws, partials, counters, p_buf, q_buf, s_buf, out_buf, ful
                 mbarrier.arrive(empty.index(stage))
                 acc = gl.fma(t3, s3, acc)
             stage, phase = _next(stage, phase, STAGES)
-        whole = tile < num_full
-        piece = (tile - num_full) * SUBS + ME
-        _store(acc, out_desc, out_buf, partials, counters, piece, split, whole, row, col, BLOCK_Q, SWAP, SPLITS)
+        _store(acc, out_desc, out_buf, row, col, SWAP)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_p", "num_q", "num_k", "num_full", "num_units", "scale_stride", "ws_stride",
-                              "ws_rows", "ws_cols"])
-def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, partials, counters, num_p, num_q, num_k, num_full, num_units,
-                 scale_stride, ws_stride, ws_rows, ws_cols,
+@gluon.jit(do_not_specialize=["num_p", "num_q", "num_k", "num_tiles", "scale_stride", "ws_stride", "ws_rows",
+                              "ws_cols"])
+def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, num_p, num_q, num_k, num_tiles, scale_stride, ws_stride,
+                 ws_rows, ws_cols,
                  BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, KU: gl.constexpr,
-                 STAGES: gl.constexpr, SPLITS: gl.constexpr, GROUP: gl.constexpr):
+                 STAGES: gl.constexpr, GROUP: gl.constexpr):
     SUBS: gl.constexpr = BLOCK_P // 64
     G: gl.constexpr = 4 if KU == 4 else 1
     p_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * G * SUBS, 64, 128], p_desc.layout)
@@ -296,53 +246,37 @@ def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, partials, counters, num_p
     if SUBS == 1:
         gl.warp_specialize(
             [
-                (_consume, (out_desc, ws, partials, counters, p_buf, q_buf, s_buf, out_buf.index(0), full, empty, num_p,
-                            num_q, num_k, num_full, num_units, ws_stride, ws_rows, ws_cols, 0, BLOCK_P, BLOCK_Q, SWAP,
-                            KU, STAGES, SPLITS, GROUP)),
-                (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_full,
-                         num_units, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, SPLITS, GROUP)),
+                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(0), full, empty, num_p, num_q, num_k,
+                            num_tiles, ws_stride, ws_rows, ws_cols, 0, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
+                (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles,
+                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
             ], [1], [24])
     elif SUBS == 2:
         gl.warp_specialize(
             [
-                (_consume, (out_desc, ws, partials, counters, p_buf, q_buf, s_buf, out_buf.index(0), full, empty, num_p,
-                            num_q, num_k, num_full, num_units, ws_stride, ws_rows, ws_cols, 0, BLOCK_P, BLOCK_Q, SWAP,
-                            KU, STAGES, SPLITS, GROUP)),
-                (_consume, (out_desc, ws, partials, counters, p_buf, q_buf, s_buf, out_buf.index(1), full, empty, num_p,
-                            num_q, num_k, num_full, num_units, ws_stride, ws_rows, ws_cols, 1, BLOCK_P, BLOCK_Q, SWAP,
-                            KU, STAGES, SPLITS, GROUP)),
-                (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_full,
-                         num_units, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, SPLITS, GROUP)),
+                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(0), full, empty, num_p, num_q, num_k,
+                            num_tiles, ws_stride, ws_rows, ws_cols, 0, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
+                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(1), full, empty, num_p, num_q, num_k,
+                            num_tiles, ws_stride, ws_rows, ws_cols, 1, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
+                (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles,
+                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
             ], [4, 1], [232, 24])
     else:
         gl.warp_specialize(
             [
-                (_consume, (out_desc, ws, partials, counters, p_buf, q_buf, s_buf, out_buf.index(0), full, empty, num_p,
-                            num_q, num_k, num_full, num_units, ws_stride, ws_rows, ws_cols, 0, BLOCK_P, BLOCK_Q, SWAP,
-                            KU, STAGES, SPLITS, GROUP)),
-                (_consume, (out_desc, ws, partials, counters, p_buf, q_buf, s_buf, out_buf.index(1), full, empty, num_p,
-                            num_q, num_k, num_full, num_units, ws_stride, ws_rows, ws_cols, 1, BLOCK_P, BLOCK_Q, SWAP,
-                            KU, STAGES, SPLITS, GROUP)),
-                (_consume, (out_desc, ws, partials, counters, p_buf, q_buf, s_buf, out_buf.index(2), full, empty, num_p,
-                            num_q, num_k, num_full, num_units, ws_stride, ws_rows, ws_cols, 2, BLOCK_P, BLOCK_Q, SWAP,
-                            KU, STAGES, SPLITS, GROUP)),
-                (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_full,
-                         num_units, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, SPLITS, GROUP)),
+                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(0), full, empty, num_p, num_q, num_k,
+                            num_tiles, ws_stride, ws_rows, ws_cols, 0, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
+                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(1), full, empty, num_p, num_q, num_k,
+                            num_tiles, ws_stride, ws_rows, ws_cols, 1, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
+                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(2), full, empty, num_p, num_q, num_k,
+                            num_tiles, ws_stride, ws_rows, ws_cols, 2, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
+                (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles,
+                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
             ], [4, 4, 1], [160, 160, 24])
 # fmt: on
 
 
-def gemm_workspace(device: torch.device, num_sms: int, *, allows_cuts: bool = True) -> GemmWorkspace:
-    """Cut tiles are at most num_sms / 2, of at most two 64 x 128 pieces each: 8.7 MB on 132 SMs."""
-    pieces = num_sms // 2 * 2
-    return GemmWorkspace(
-        partials=torch.empty(pieces * MAX_SPLITS * 64 * 128, dtype=torch.float32, device=device),
-        counters=torch.zeros(pieces, dtype=torch.int32, device=device),
-        allows_cuts=allows_cuts,
-    )
-
-
-def gemm_plan(num_tokens: int, n: int, k: int, num_sms: int, allows_cuts: bool = True) -> GemmPlan:
+def gemm_plan(num_tokens: int, n: int, num_sms: int) -> GemmPlan:
     """What won on an H200 (docs/kernels.md), as rules on how many tiles there are for how many SMs."""
     if num_tokens <= 64:
         shape = (64, max(16, triton.next_power_of_2(num_tokens)), True, 4)
@@ -355,49 +289,37 @@ def gemm_plan(num_tokens: int, n: int, k: int, num_sms: int, allows_cuts: bool =
     else:
         shape = (128, 128, False, 2)
     block_p, block_q, swap, unroll = shape
-    num_p, num_q = (n, num_tokens) if swap else (num_tokens, n)
-    tiles = _num_tiles(num_p, block_p, num_q, block_q)
-    tail = tiles % num_sms
-    room = 2 if tiles > num_sms else 3  # a lone wave has nothing to hide the sum behind: cut only far below it
-    is_cut = allows_cuts and 0 < tail * room <= num_sms and block_p < 192 and k >= 2 * unroll * BLOCK
-    splits = MAX_SPLITS if is_cut else 1
     blocks_a_stage = 4 if unroll == 4 else 1
     stage_bytes = blocks_a_stage * ((block_p + block_q) * BLOCK + 4 * (max(32, block_q) if swap else 256)) + 16
     stages = min(16, (SHARED_BYTES - block_p * block_q * 2) // stage_bytes)
     return GemmPlan(
-        block_p=block_p, block_q=block_q, swap=swap, unroll=unroll, stages=stages, splits=splits,
-        group=1 if swap else 16,
+        block_p=block_p, block_q=block_q, swap=swap, unroll=unroll, stages=stages, group=1 if swap else 16
     )  # fmt: skip
 
 
-def block_fp8_gemm(
-    x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out: Tensor, workspace: GemmWorkspace, num_sms: int
-) -> None:
+def block_fp8_gemm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out: Tensor, num_sms: int) -> None:
     """Writes out; shapes as in the module's docstring."""
     num_tokens, k = x.shape
     n = w.shape[0]
     _check(x, x_scales, w, w_scales, out)
     if num_tokens == 0:
         return
-    plan = gemm_plan(num_tokens, n, k, num_sms, workspace.allows_cuts)
+    plan = gemm_plan(num_tokens, n, num_sms)
     p, q = (w, x) if plan.swap else (x, w)
     num_p, num_q = -(-p.shape[0] // plan.block_p), -(-q.shape[0] // plan.block_q)
-    tiles = num_p * num_q
-    num_full = tiles if plan.splits == 1 else tiles // num_sms * num_sms
-    num_units = num_full + (tiles - num_full) * plan.splits
     box = [plan.block_q, 64] if plan.swap else [64, plan.block_q]
     # TMA writes to multiples of 128 bytes only: a stage's scales are 32 or more.
     tokens = max(32, plan.block_q) if plan.swap else triton.next_power_of_2(plan.block_p)
     stride = x_scales.stride(0)
-    _gemm_kernel[(min(num_sms, num_units),)](
+    num_tiles = num_p * num_q
+    _gemm_kernel[(min(num_sms, num_tiles),)](
         TensorDescriptor(p, p.shape, p.stride(), [64, BLOCK], _FP8),
         TensorDescriptor(q, q.shape, q.stride(), [plan.block_q, BLOCK], _FP8),
         TensorDescriptor(x_scales, [(x_scales.shape[0] - 1) * stride + x_scales.shape[1]], [1], [tokens], _SCALES),
         TensorDescriptor(out, out.shape, out.stride(), box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)),
-        w_scales, workspace.partials, workspace.counters, num_p, num_q, -(-k // (BLOCK * plan.unroll)), num_full,
-        num_units, stride, w_scales.stride(0), w_scales.shape[0], w_scales.shape[1], BLOCK_P=plan.block_p,
-        BLOCK_Q=plan.block_q, SWAP=plan.swap, KU=plan.unroll, STAGES=plan.stages, SPLITS=plan.splits,
-        GROUP=plan.group, num_warps=4, launch_pdl=True,
+        w_scales, num_p, num_q, -(-k // (BLOCK * plan.unroll)), num_tiles, stride, w_scales.stride(0),
+        w_scales.shape[0], w_scales.shape[1], BLOCK_P=plan.block_p, BLOCK_Q=plan.block_q, SWAP=plan.swap,
+        KU=plan.unroll, STAGES=plan.stages, GROUP=plan.group, num_warps=4, launch_pdl=True,
         maxnreg=128 if plan.block_p == 64 else None,  # half of the registers: room for the small kernel ahead
     )  # fmt: skip
 

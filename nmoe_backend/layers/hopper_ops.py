@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nmoe_backend.kernels.block_fp8 import Fp8Blocks
-from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm, gemm_workspace
+from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm
 from nmoe_backend.kernels.mla_absorb_sm90 import absorb_queries, expand_values
 from nmoe_backend.kernels.mla_decode_sm90 import MlaDecodePlan, make_mla_decode_plan, mla_decode, plan_mla_decode
 from nmoe_backend.kernels.mla_prefill_sm90 import (
@@ -61,7 +61,7 @@ class HopperMLAPlan:
 class HopperOps:
     """`LayerOps` of one rank; its scratch serves one stream. Used by that rank's thread only.
 
-    `deterministic`: a row's bits depend on nothing but its own sequence: sums are cut alike in steps of any size.
+    `deterministic`: a row's bits depend on nothing but its own sequence: contexts are cut alike in steps of any size.
     """
 
     pads_steps = True
@@ -72,7 +72,6 @@ class HopperOps:
         self._device = device
         self._num_sms = num_sms
         self._deterministic = deterministic
-        self._workspace = gemm_workspace(device, num_sms, allows_cuts=not deterministic)
         self._shape: StepShape | None = None
         self._decode_plans: dict[tuple[int, int], MlaDecodePlan] = {}  # by heads and split
         self._prefill_plans: dict[int, MlaPrefillPlan] = {}  # by heads
@@ -101,7 +100,7 @@ class HopperOps:
     def linear(self, rows: Rows, weight: Fp8Blocks) -> Tensor:
         values, scales = rows.require_fp8()
         out = torch.empty(values.shape[0], weight.values.shape[0], dtype=torch.bfloat16, device=values.device)
-        block_fp8_gemm(values, scales, weight.values, weight.scales, out, self._workspace, self._num_sms)
+        block_fp8_gemm(values, scales, weight.values, weight.scales, out, self._num_sms)
         return out
 
     def swiglu(self, gate_up: Tensor) -> Rows:

@@ -39,15 +39,13 @@ def _expected(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor) -> Tenso
 
 def _gemm(operands: Operands, num_sms: int = NUM_SMS) -> Tensor:
     """Writes into the middle of a buffer of NaN and checks that only its rows were touched."""
-    from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm, gemm_workspace
+    from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm
 
     x, _, w, _ = operands
-    workspace = gemm_workspace(DEVICE, num_sms)
     buffer = torch.full((x.shape[0] + 2, w.shape[0]), float("nan"), device=DEVICE, dtype=torch.bfloat16)
     out = buffer[1:-1]
     for _ in range(2):
-        block_fp8_gemm(*operands, out, workspace, num_sms)
-    assert not workspace.counters.any()
+        block_fp8_gemm(*operands, out, num_sms)
     assert bool(buffer[0].isnan().all()) and bool(buffer[-1].isnan().all())
     return out
 
@@ -73,7 +71,7 @@ def test_odd_shapes(shape):
 
 
 @pytest.mark.parametrize("num_sms", [1, 7, 132])
-def test_cut_tiles_give_the_same_as_whole_ones_within_rounding(num_sms):
+def test_any_number_of_programs_gives_the_product(num_sms):
     operands = _operands(40, 1024, 2048)
     assert _error(_gemm(operands, num_sms), _expected(*operands)) < TOLERANCE
 
@@ -88,16 +86,15 @@ def test_a_large_product():
 
 
 def test_repeats_and_graph_replays_are_equal_bit_for_bit():
-    from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm, gemm_workspace
+    from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm
 
-    operands = _operands(32, 2112, 7168)  # every tile is cut
-    workspace = gemm_workspace(DEVICE, NUM_SMS)
+    operands = _operands(32, 2112, 7168)
     out = torch.empty(32, 2112, device=DEVICE, dtype=torch.bfloat16)
-    block_fp8_gemm(*operands, out, workspace, NUM_SMS)
+    block_fp8_gemm(*operands, out, NUM_SMS)
     first = out.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        block_fp8_gemm(*operands, out, workspace, NUM_SMS)
+        block_fp8_gemm(*operands, out, NUM_SMS)
     for _ in range(200):
         out.fill_(float("nan"))
         graph.replay()
@@ -113,20 +110,19 @@ def test_a_row_does_not_depend_on_the_other_rows():
 
 
 @pytest.mark.parametrize(("n", "k"), [(2112, 7168), (36864, 7168), (7168, 16384)], ids=str)
-def test_without_cuts_a_row_does_not_depend_on_the_number_of_rows(n, k):
+def test_a_row_does_not_depend_on_the_number_of_rows(n, k):
     """Every tile shape, both orders of the operands."""
-    from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm, gemm_plan, gemm_workspace
+    from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm, gemm_plan
 
     x, scales, w, w_scales = _operands(1030, n, k)
-    workspace = gemm_workspace(DEVICE, NUM_SMS, allows_cuts=False)
     results, shapes = {}, set()
     for num_tokens in (1030, 1, 16, 31, 64, 65, 100, 128, 200, 256, 400, 512, 768):
-        plan = gemm_plan(num_tokens, n, k, NUM_SMS, allows_cuts=False)
+        plan = gemm_plan(num_tokens, n, NUM_SMS)
         shapes.add((plan.block_p, plan.block_q, plan.swap))
         out = torch.empty(num_tokens, n, device=DEVICE, dtype=torch.bfloat16)
         some = torch.empty(scales.shape[0], -(-num_tokens // 16) * 16, device=DEVICE)[:, :num_tokens]
         some.copy_(scales[:, 1030 - num_tokens : 1030])
-        block_fp8_gemm(x[-num_tokens:], some, w, w_scales, out, workspace, NUM_SMS)
+        block_fp8_gemm(x[-num_tokens:], some, w, w_scales, out, NUM_SMS)
         results[num_tokens] = out
     assert len(shapes) >= 5
     assert [t for t, out in results.items() if not torch.equal(out, results[1030][-t:])] == []
