@@ -13,7 +13,7 @@ run out, the last in order on that rank is preempted; the first in order of a ra
 holds max_seq_len tokens), so every step makes progress and every request ends.
 
 Time. While anybody decodes, prefill is cut so that the predicted step stays under itl_target_ms. On each rank with a
-waiting prompt the first one advances by MIN_CHUNK tokens all the same, even where the model says that this is too slow:
+waiting prompt the first one advances by min_chunk tokens all the same, even where the model says that this is too slow:
 a prompt that never advances would be worse. A chunk is at most twice the largest ever measured while somebody decodes,
 so that an untrained model does not make anybody wait for its first mistake.
 """
@@ -27,8 +27,6 @@ from dataclasses import dataclass
 from nmoe_backend.scheduler_rank import NEVER, RankState, Sequence, by_order
 from nmoe_backend.step_time import StepTimeModel
 from nmoe_backend.types import EngineLimits, RankPlan
-
-MIN_CHUNK = 32  # prefill tokens by which the first waiting prompt of a rank advances in every step
 
 
 @dataclass(slots=True)
@@ -47,6 +45,7 @@ class Planner:
 
     def __init__(self, limits: EngineLimits) -> None:
         self._limits = limits
+        self._min_chunk = limits.min_chunk
         self._target_s = limits.itl_target_ms / 1e3
         self.model = StepTimeModel()
         self.ranks = tuple(RankState(rank_idx, limits) for rank_idx in range(limits.num_ranks))
@@ -92,9 +91,9 @@ class Planner:
         most_tokens = self._limits.max_prefill_tokens
         if decode_rows:
             room_s = self._target_s - self.model.predict(decode_rows)
-            most_tokens = min(most_tokens, max(MIN_CHUNK, 2 * self.model.most_tokens))
+            most_tokens = min(most_tokens, max(self._min_chunk, 2 * self.model.most_tokens))
         if self._queue:
-            self._admit(max(min(MIN_CHUNK, most_tokens), self._tokens_within(room_s, 0, most_tokens)))
+            self._admit(max(min(self._min_chunk, most_tokens), self._tokens_within(room_s, 0, most_tokens)))
         prefill_tokens, pairs = 0, 0.0
         for rank in self.ranks:
             if rank.prefilling:
@@ -201,7 +200,7 @@ class Planner:
             most = min(seq.num_known - start, most_tokens - tokens)
             length = self._tokens_within(room_s, start, most)
             if tokens == 0:
-                length = max(length, min(MIN_CHUNK, most))
+                length = max(length, min(self._min_chunk, most))
             length = self._take_pages(rank, seq, length)
             if length <= 0:
                 break  # nobody passes it

@@ -176,6 +176,7 @@ class EngineLimits:
     rank_timeout_s: float  # a step that takes longer is a dead rank
     eos_token_ids: tuple[int, ...]
     vocab_size: int
+    min_chunk: int = 32  # prefill tokens by which a rank's first waiting prompt advances in every step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

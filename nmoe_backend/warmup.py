@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,7 +34,7 @@ from nmoe_backend.parallel.ranks import RankContext, RankGroup
 from nmoe_backend.runtime.dummy_weights import dummy_rank_weights
 from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.runtime.sampler import build_sampler
-from nmoe_backend.runtime.step_buckets import Bucket
+from nmoe_backend.runtime.step_buckets import FEWEST_TOKENS, Bucket
 from nmoe_backend.runtime.weight_reader import ReadMeter
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.runtime.worker import Worker
@@ -99,6 +100,8 @@ def build_workers(
             models = list(pool.map(lambda context: _load_model(config, replica, spec, context, dtype, load), contexts))
         num_pages = _num_pages(config, replica, devices)
         limits = engine_limits(config, num_pages, replica)
+        if models[0].ops.pads_steps:  # the smallest step with prefill computes so many, there or not
+            limits = replace(limits, min_chunk=FEWEST_TOKENS)
         with _stage(progress, f"{name}: {num_pages} KV pages a rank"):
             workers = list(
                 pool.map(lambda model, at: _build_worker(model, at, limits, dtype, buckets), models, contexts)

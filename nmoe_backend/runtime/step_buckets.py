@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from nmoe_backend.layers.batch import KEY_BLOCK
 from nmoe_backend.types import EngineLimits, RankPlan, StepPlan
 
-_FEWEST_TOKENS = 128
+FEWEST_TOKENS = 128  # of a prefill step, computed whether they are there or not
 _USUAL_KEYS = 8192  # or twice the tokens, where that is more
 _LONG_TOKENS = ((512, 2048), (512,))  # beside the most tokens: for the first size of long keys; for the second
 
@@ -54,7 +54,7 @@ def decode_buckets(max_batch_size: int) -> tuple[Bucket, ...]:
 def step_buckets(limits: EngineLimits) -> tuple[Bucket, ...]:
     """All that an engine needs: the last one holds every step."""
     most_rows, most_tokens, most_keys = limits.max_batch_size, limits.max_prefill_tokens, max_keys(limits)
-    sizes = [*_powers(_FEWEST_TOKENS, most_tokens, 2), most_tokens]
+    sizes = [*_powers(FEWEST_TOKENS, most_tokens, 2), most_tokens]
     usual = {tokens: min(most_keys, max(_USUAL_KEYS, 2 * tokens)) for tokens in sizes}
     prefill = [Bucket(tokens, keys, rows) for tokens, keys in usual.items() for rows in (0, most_rows)]
     long = []

@@ -9,10 +9,13 @@ import random
 
 import pytest
 
+from nmoe_backend import warmup
 from nmoe_backend.layers import context as layer_context
+from nmoe_backend.models import load_spec
 from nmoe_backend.runtime.step_buckets import Bucket, choose_bucket, decode_buckets, max_keys, step_buckets
 from nmoe_backend.types import RankPlan, SamplingParams, SlotInit, StepPlan
 from tests.gates.replica import Driver, Replica, limits_for
+from tests.generation import serve_config
 from tests.padded import assert_close, padded_table
 
 PROMPTS = [list(range(40, 103)), [5, 6, 7], [9], list(range(100, 149)), list(range(7, 27))]
@@ -89,6 +92,22 @@ def test_more_pages_than_a_step_can_enter_are_refused(tiny_model, padded):
     with pytest.raises(AssertionError, match="announces 4 pages; the tokens of a step enter at most 3"):
         replica.step(plan)
     replica.close()
+
+
+@pytest.mark.parametrize(("pads", "min_chunk"), [(True, 128), (False, 32)])
+def test_a_waiting_prompt_advances_by_what_the_smallest_step_computes(
+    tiny_checkpoint, tmp_path, monkeypatch, pads, min_chunk
+):
+    if pads:
+        monkeypatch.setattr(layer_context, "build_table", padded_table)
+    config = serve_config(tmp_path, tiny_checkpoint, num_ranks=1, max_batch_size=2)
+    decode, prefill = Bucket(0, 0, 2), Bucket(256, 1024, 2)
+    workers, limits = warmup.build_workers(
+        config, config.replicas[0], load_spec(tiny_checkpoint), lambda line: None, (decode, prefill)
+    )
+    workers[0].close()
+    assert limits.min_chunk == min_chunk
+    assert not pads or min(bucket.tokens for bucket in step_buckets(limits) if bucket.tokens) == min_chunk
 
 
 def rows_of(buckets: tuple[Bucket, ...]) -> list[int]:

@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 
 from nmoe_backend.scheduler import Scheduler
-from nmoe_backend.scheduler_plan import MIN_CHUNK
 from nmoe_backend.types import EngineLimits, ErrorKind, RankError, RankOutput, RankPlan, RequestError, StepPlan
 from tests.fakes import CollectingSink, PlanChecker, expected_tokens, make_limits, make_request
 
@@ -336,19 +335,25 @@ def test_an_untrained_model_grows_its_chunks_step_by_step() -> None:
     steps.step()
     steps.add(2, 4000, max_tokens=2)
     chunks = [len(only(steps.step()).token_ids) for _ in range(6)]
-    assert chunks[0] == MIN_CHUNK
-    assert all(later <= max(MIN_CHUNK, 2 * max(chunks[:i])) for i, later in enumerate(chunks) if i)
+    assert chunks[0] == 32
+    assert all(later <= max(32, 2 * max(chunks[:i])) for i, later in enumerate(chunks) if i)
     assert max(steps.times_s) <= 0.030
 
 
-def test_the_first_prompt_of_a_rank_advances_even_when_the_target_is_hopeless() -> None:
-    steps = Steps(make_limits(num_ranks=1, num_pages=64, max_seq_len=200, max_prefill_tokens=64, itl_target_ms=0.001))
+@pytest.mark.parametrize(
+    ("limit", "chunks"),
+    [({}, [32, 32, 32, 32, 22]), ({"min_chunk": 50}, [50, 50, 50]), ({"min_chunk": 128}, [64, 64, 22])],
+)
+def test_the_first_prompt_of_a_rank_advances_even_when_the_target_is_hopeless(limit, chunks) -> None:
+    limits = make_limits(
+        num_ranks=1, num_pages=64, max_seq_len=200, max_prefill_tokens=64, itl_target_ms=0.001, **limit
+    )
+    steps = Steps(limits)
     steps.add(1, 4, max_tokens=60)
     for _ in range(10):
         steps.step()
     prompt = steps.add(2, 150, max_tokens=2)
-    shares = [only(steps.step()) for _ in range(5)]
-    assert [len(share.token_ids) for share in shares] == [32, 32, 32, 32, 22]
+    assert [len(only(steps.step()).token_ids) for _ in chunks] == chunks
     steps.run()
     assert prompt.finish_reason == "length"
 
