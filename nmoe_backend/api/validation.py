@@ -31,6 +31,7 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "lora_request": 'is not served. Name the adapter in `adapter`, or as model = "base:adapter".',
     }
 )
+_LENGTH = ("too_short", "too_long")
 _SHOWN = 80
 _MAX_DEPTH = 200
 _ORJSON_DEPTH = 254  # levels that it can write
@@ -54,6 +55,8 @@ def explain(errors: Sequence[Mapping[str, Any]], known: Iterable[str]) -> ApiErr
         reason = _REFUSED.get(name) or f"is not a known parameter. Did you mean {nearest(name, known)!r}?"
         return bad_request(f"{name}: {reason}", name, "unknown_parameter")
     text = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    if kind in _LENGTH:  # "List should have at least 1 item after validation, not 0"
+        text = text.replace("List should have", "a list of").partition(" after validation")[0]
     return bad_request(
         f"{name}: got {shown(error.get('input'))}, need {text}. Correct the value.", name, "invalid_value"
     )
@@ -92,10 +95,10 @@ def _cut(text: str) -> str:
 
 
 def _most_specific(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """A union complains once per member: the complaint that lies deepest is of the member that fits best."""
-    first = errors[0]
-    field = first["loc"][:1]
-    return max((error for error in errors if error["loc"][:1] == field), key=lambda error: len(error["loc"]))
+    """A union complains once per member: the complaint that lies deepest is of the member that fits best; of those
+    that lie equally deep, the one about a list's length: the others are about the type."""
+    of_field = (error for error in errors if error["loc"][:1] == errors[0]["loc"][:1])
+    return max(of_field, key=lambda error: (len(error["loc"]), error["type"] in _LENGTH))
 
 
 def _join(path: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ SETTINGS = OpenAIConfig(api_keys=("alpha", "beta"), max_request_bytes=1024)
 class Inner:
     """An application that remembers what reached it, and answers or fails as told."""
 
-    def __init__(self, error: Exception | None = None, begins: bool = True) -> None:
+    def __init__(self, error: BaseException | None = None, begins: bool = True) -> None:
         self.scopes: list[Scope] = []
         self._error, self._begins = error, begins
 
@@ -127,11 +127,12 @@ def test_an_error_behind_the_beginning_is_passed_on_and_counted(caplog: pytest.L
     assert (vars(end)["event"], vars(end)["fields"]["status"], end.levelname) == ("error", 200, "ERROR")
 
 
-def test_an_answer_that_never_began_counts_as_499() -> None:
+def test_what_the_drain_cancels_before_it_began_is_a_503() -> None:
     metrics = ApiMetrics()
-    with pytest.raises(asyncio.CancelledError):
-        ask(Inner(asyncio.CancelledError(), begins=False), "/health", metrics=metrics)  # type: ignore[arg-type]
-    assert 'status="499"} 1.0' in metrics.text().decode()
+    status, headers, body = ask(Inner(asyncio.CancelledError(), begins=False), "/health", metrics=metrics)
+    assert status == 503 and headers["retry-after"] and headers["x-request-id"]
+    assert orjson.loads(body)["error"]["type"] == "service_unavailable_error"
+    assert 'status="503"} 1.0' in metrics.text().decode()
 
 
 def test_what_is_no_http_passes_untouched() -> None:

@@ -47,7 +47,10 @@ def complaint(body: object, model: Any = ChatRequest, content_type: str = "appli
         ({"n": 1.5}, "n", ("got 1.5",)),
         ({"temperature": 3}, "temperature", ("got 3", "less than or equal to 2")),
         ({"logprobs": 1}, "logprobs", ("got 1", "boolean")),
+        ({"stop_token_ids": [1] * 2000}, "stop_token_ids", ("need a list of at most ",)),
         ({"messages": "hi"}, "messages", ("got 'hi'", "list")),
+        ({"messages": []}, "messages", ("got [], need a list of at least 1 item. Correct",)),
+        ({"stop": ["x"] * 17}, "stop", ("need a list of at most 16 items. Correct",)),
         ({"messages": [{"content": "x"}]}, "messages[0].role", ("is required",)),
         ({"messages": [*USER, {"role": "user", "content": 5}]}, "messages[1].content", ("got 5",)),
         (
