@@ -44,6 +44,18 @@ def test_saved_lines_replace_their_own_and_keep_the_others(tmp_path: Path) -> No
     assert json.loads(path.read_text()) == {"P1": {"value": 1}, "P2": {"value": 3}}
 
 
+def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; of two lines of one name a reader would see the last."""
+    names = [name for name, _ in pairs]
+    assert len(set(names)) == len(names), f"twice in one object: {names}"
+    return dict(pairs)
+
+
+@pytest.mark.parametrize("path", sorted(results.BASELINES.glob("*.json")), ids=lambda path: path.name)
+def test_no_line_of_a_committed_baseline_stands_twice(path: Path) -> None:
+    json.loads(path.read_text(), object_pairs_hook=once)
+
+
 def test_the_committed_baseline_has_complete_lines() -> None:
     for name, line in json.loads(results.H200_BASELINE.read_text()).items():
         assert {"value", "raw", "unit", "goal", "commit", "method"} <= set(line), name
