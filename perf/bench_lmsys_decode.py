@@ -56,10 +56,11 @@ TRACED_STEPS = 4
 # First match wins: part of a kernel's name -> operation.
 OPERATIONS = (
     ("mla_decode", "attention"),
+    ("_merge_kernel", "attention"),  # of pieces of contexts
     ("_attend_kernel", "attention"),
     ("_expand_keys_kernel", "keys expanded"),
     ("_gather_keys_kernel", "keys gathered"),
-    ("_combine_kernel", "combine"),  # attention's merge of pieces has the same name: told apart by its grid's place
+    ("_combine_kernel", "combine"),
     ("_absorb_kernel", "absorb products"),
     ("_expand_kernel", "absorb products"),
     ("_gemm_kernel", "dense fp8 GEMMs"),

@@ -9,6 +9,8 @@ Kernels of a step start while the one ahead in the stream still runs (programmat
 calls `gdc_wait` before it reads what an earlier kernel wrote and before it writes at all: it returns when the kernel
 ahead has ended, which has waited in its turn. Before it lie addresses and what never changes during a step: weights,
 which must have been complete (a synchronisation, at load) before the first step. `gdc_launch_dependents`, always behind
-the kernel's own wait, lets the next one start early. Kernels that fill every SM leave it out where the next one has
-several programs an SM: the first SM that is free would take more than its share of them.
+the kernel's own wait, lets the next one start early; so that one finds complete what was launched before the kernel
+ahead, and may read it before it waits (the tile table of the expert GEMMs, behind the gathering of their rows). Kernels
+that fill every SM leave it out where the next one has several programs an SM: the first SM that is free would take more
+than its share of them.
 """

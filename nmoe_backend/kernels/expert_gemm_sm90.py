@@ -19,8 +19,8 @@ Tile: 128 rows x (128 gate + 128 up columns), or x 256 columns; two warpgroups o
 columns, so that SwiGLU and the block's maximum stay in a warpgroup's registers; one warp feeds the TMA queue, four
 stages of 48 KB, given back in pairs (a barrier of a warpgroup before each return and each wait is what stalls it most;
 pairs where K has an even number of blocks). A tile loads 16, 64, 80 or 128 rows of x; with up to 64 the second
-warpgroup only passes stages on. What is not loaded is zeros: a decode step runs at the card's power limit, and a
-product with zeros takes less of it than one with rows of another expert.
+warpgroup only passes stages on. Rows of a stage that no tile of the program has loaded are zeros: a decode step runs at
+the card's power limit, and a product with zeros takes less of it than one with rows of another expert.
 Units of one expert run side by side, rows innermost, so that its weights come from memory once.
 """
 

@@ -47,7 +47,7 @@ from triton.language.extra.cuda import gdc_wait
 LATENT_DIM = 512
 ROPE_DIM = 64
 HEAD_TILE = 64
-COMBINE_HEADS = 8
+MERGE_HEADS = 8
 # Pieces of 2,048 keys: a context of 2,000 is one piece, so that no partial result goes through memory at 256 rows.
 DEFAULT_SPLIT = 2048
 
@@ -143,15 +143,15 @@ def mla_decode(q: Tensor, cache: Tensor, block_tables: Tensor, plan: MlaDecodePl
         launch_pdl=True,
     )
     if plan.partial.shape[0]:
-        num_groups = num_rows * (num_heads // COMBINE_HEADS)
-        _combine_kernel[(plan.num_programs * 4,)](
+        num_groups = num_rows * (num_heads // MERGE_HEADS)
+        _merge_kernel[(plan.num_programs * 4,)](
             plan.partial,
             plan.lse,
             plan.row_slots,
             out,
             num_groups,
             H=num_heads,
-            GROUP=COMBINE_HEADS,
+            GROUP=MERGE_HEADS,
             num_warps=4,
             launch_pdl=True,
         )
@@ -470,7 +470,7 @@ def _plan_kernel(lens_ptr, items_ptr, num_items_ptr, row_slots_ptr, num_rows, sp
 
 
 @triton.jit
-def _combine_kernel(partial_ptr, lse_ptr, row_slots_ptr, out_ptr, num_groups, H: tl.constexpr, GROUP: tl.constexpr):
+def _merge_kernel(partial_ptr, lse_ptr, row_slots_ptr, out_ptr, num_groups, H: tl.constexpr, GROUP: tl.constexpr):
     """Persistent: a program takes (row, GROUP heads) after another; sums chunks in their order."""
     columns = tl.arange(0, 512)
     lanes = tl.arange(0, GROUP)
