@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nmoe_backend import doctor, http_probe
 from nmoe_backend.config import ServeConfig
-from nmoe_backend.server_process import ServerProcess, progress_of
+from nmoe_backend.server_process import ServerProcess, is_event, progress_of
 from nmoe_backend.supervisor import PROMPT, StopRequest, Supervisor
 from nmoe_backend.supervisor_child import Console
 from nmoe_backend.supervisor_control import ControlSocket
@@ -180,9 +180,10 @@ def _doctor_passes(options: Options, config: ServeConfig, console: Console) -> b
 
 
 def _show(line: str, verbose: bool, console: Console) -> None:
+    """A line of tritonserver or of its models. Events stay JSON: who collects the log reads them without a rule."""
     progress = progress_of(line)
-    if verbose:
-        print(line, flush=True)
+    if verbose or is_event(line):
+        console.show(line)
     elif progress is not None:
         level, text = progress
         label = {"W": "warning: ", "E": "error: ", "F": "fatal: "}.get(level, "")

@@ -162,6 +162,11 @@ _NO_GPU = (  # what a server says on a machine without a GPU, as errors and warn
 )
 
 
+def is_event(line: str) -> bool:
+    """Whether it is a line of event_log.py, from whatever process."""
+    return line.startswith('{"time": "')
+
+
 def progress_of(line: str) -> tuple[str, str] | None:
     """(level, text) of a line that a person wants to see during the start; None for the server's own chatter.
 

@@ -122,7 +122,7 @@ class Supervisor:
         env = environ.child_environment({"TMPDIR": str(config.config_path.parent)}, {})
 
         def start() -> ChildProcess:
-            return ChildProcess(argv, env, lambda line: print(line, flush=True))
+            return ChildProcess(argv, env, self._console.show)
 
         return Part(
             name="the OpenAI front end",

@@ -10,6 +10,7 @@ import collections
 import enum
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,14 +34,20 @@ class GaveUp(Exception):
 
 
 class Console:
-    """Progress lines with the seconds since the start; safe from any thread."""
+    """What `nmoe serve` prints. Safe from any thread: each child's reader prints too, and lines must stay whole."""
 
     def __init__(self) -> None:
         self._start_s = time.monotonic()
+        self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
-        """One line."""
-        print(f"[{time.monotonic() - self._start_s:6.1f} s] {text}", flush=True)
+        """Progress: a line with the seconds since the start in front."""
+        self.show(f"[{time.monotonic() - self._start_s:6.1f} s] {text}")
+
+    def show(self, line: str) -> None:
+        """A line as it is."""
+        with self._lock:
+            print(line, flush=True)
 
 
 class Heartbeat:

@@ -95,6 +95,7 @@ class Serve:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(LIMIT_S)
         self.assert_nothing_is_left()
+        assert all(json.loads(line) for line in self.output if '{"time"' in line), "events are JSON, a line each"
 
     def _read(self) -> None:
         assert self.process.stdout is not None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import http.server
 import json
+import logging
+import re
 import shlex
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +19,9 @@ import pytest
 
 from nmoe_backend import __main__ as console, http_probe, launch
 from nmoe_backend.config import ServeConfig
+from nmoe_backend.event_log import JsonFormatter
 from nmoe_backend.server_process import progress_of
+from nmoe_backend.supervisor_child import Console
 from nmoe_backend.types import ConfigError
 from tests.model_folder import write_model_folder, write_toml
 
@@ -102,6 +108,29 @@ def test_the_curl_commands_are_valid_shell_and_json(toml: Path) -> None:
     assert chat[2] == f"http://127.0.0.1:{config.openai_port}/v1/chat/completions"
     assert json.loads(chat[-1])["messages"] == [{"role": "user", "content": launch.PROMPT}]
     assert page[-1] == f"http://127.0.0.1:{config.openai_port}/"
+
+
+def test_lines_of_several_children_stay_whole_and_events_stay_json(capfd: pytest.CaptureFixture[str]) -> None:
+    record = logging.LogRecord("x", logging.INFO, __file__, 1, "words", None, None)
+    event = JsonFormatter().format(record)
+    console = Console()
+
+    def print_many() -> None:
+        for _ in range(300):
+            launch._show(event, False, console)
+            launch._show("a model's own line", False, console)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(print_many) for _ in range(4)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(before)
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2400 and lines.count(event) == 1200
+    assert sum(re.fullmatch(r"\[ *\d+\.\d s\] a model's own line", line) is not None for line in lines) == 1200
 
 
 @pytest.mark.parametrize(
