@@ -82,7 +82,7 @@ SPECS = (
     # Load
     _gauge("nmoe_requests_running", "Requests that hold a slot of a rank"),
     _gauge("nmoe_requests_waiting", "Queue depth: requests that wait for their first step or for readmission"),
-    _gauge("nmoe_batch_size_current", "Sequences in the step that runs, all ranks"),
+    _gauge("nmoe_batch_size_current", "Sequences that steps serve now, all ranks: those that hold a slot"),
     _gauge("nmoe_kv_cache_utilization_percent", "KV pages in use, percent of all ranks' pages"),
     MetricSpec(
         name="nmoe_gpu_utilization_percent",

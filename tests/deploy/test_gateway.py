@@ -163,6 +163,25 @@ def test_a_killed_replica_costs_its_own_live_answers_only_and_comes_back(site: S
 
 
 @pytest.mark.slow
+def test_a_replica_that_answers_but_is_not_ready_is_left_out(site: Site) -> None:
+    """Its Triton is gone, its front end is not: the check fails, and a request that it refuses is another one's."""
+    replica = site.replicas["l1"]
+    with Load(site.front.url, per_s=6.0, max_tokens=40) as load:
+        wait_until(lambda: load.served_since(0.0).keys() == {"l1", "l2"}, 60.0, "both replicas answered")
+        killed_s = time.monotonic()
+        replica.triton.process.kill()
+        wait_until(lambda: not site.front.is_up("latency", "l1"), 20.0, "it is left out")
+        wait_until(lambda: load.served_since(killed_s)["l2"] > 20, 60.0, "20 answers of the one that is left")
+        assert replica.front.process.exit_code() is None
+        replica.triton.__enter__()
+        site.wait_until_up("l1")
+        back_s = time.monotonic()
+        wait_until(lambda: load.served_since(back_s)["l1"] > 5, 60.0, "it takes traffic again")
+    failed = [one for one in load.outcomes if one.end != "ok"]
+    assert all(one.served_by == "l1" and one.begun_s < killed_s for one in failed), failed
+
+
+@pytest.mark.slow
 def test_a_drained_replica_costs_nobody_anything(site: Site) -> None:
     with Load(site.front.url, per_s=6.0, max_tokens=40) as load:
         wait_until(lambda: load.served_since(0.0).keys() == {"l1", "l2"}, 60.0, "both replicas answered")

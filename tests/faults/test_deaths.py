@@ -22,6 +22,7 @@ def break_it(serve: Serve, fault: Callable[[], None]) -> list[str]:
         outcomes = [future.result(timeout=30) for future in futures]
     assert_ended(outcomes, broken_s)
     assert all(outcome.num_pieces > 0 for outcome in outcomes)
+    serve.wait_for(r"restarting tritonserver in [\d.]+ s: it (died|has an engine without a heartbeat)")
     serve.wait_for("tritonserver is ready again")
     after = serve.children()
     assert after["front end"] == before["front end"] and after["triton"] != before["triton"]

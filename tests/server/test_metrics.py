@@ -19,6 +19,7 @@ from tests.triton_server import TritonServer
 
 LIMIT_S = 20.0
 NUM_STREAMS = 12
+CLOCKS_S = 0.1  # the server may look at its clock just after the client did, at each of the streams' ends
 MAX_TOKENS = 16
 OVERFLOWING = f"""
 import sys
@@ -57,19 +58,21 @@ def test_every_declared_metric_is_exported(triton: TritonServer) -> None:
 
 
 def test_counters_grow_by_what_the_clients_counted(triton: TritonServer, model_path: Path) -> None:
-    def ask(index: int) -> Answer:
+    def ask(index: int) -> tuple[float, Answer]:
         with Stream(triton.grpc) as stream:
             prompt = [3 + index] * (index + 1)
+            asked_s = time.monotonic()
             answer = stream.ask({"input_ids": prompt, "max_tokens": MAX_TOKENS, "stream": True, "ignore_eos": True})
             stream.send({"input_ids": [10**6], "max_tokens": 1})  # outside the vocabulary
             refusal = stream.read()
             assert isinstance(refusal, str) and "token id 1000000" in refusal
-            return answer
+            return asked_s, answer
 
     beats = scrape(triton)["nmoe_engine_heartbeats_total"]
     before = scrape_when(triton, lambda values: values["nmoe_engine_heartbeats_total"] > beats + 1)  # all is pushed
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        answers = list(pool.map(ask, range(NUM_STREAMS)))
+        asked = list(pool.map(ask, range(NUM_STREAMS)))
+    answers = [answer for _, answer in asked]
     responses = [response for answer in answers for response in answer.responses if response.values["output_ids"]]
     num_tokens = sum(len(answer.ids) for answer in answers)
     assert num_tokens == NUM_STREAMS * MAX_TOKENS
@@ -103,7 +106,21 @@ def test_counters_grow_by_what_the_clients_counted(triton: TritonServer, model_p
     num_steps = after["nmoe_steps_total"] - before["nmoe_steps_total"]
     assert num_steps >= MAX_TOKENS and after["nmoe_step_duration_seconds_count"] <= after["nmoe_steps_total"]
     assert after["nmoe_busy_seconds_total"] > before["nmoe_busy_seconds_total"]
-    assert after["nmoe_queue_seconds_sum"] <= after["nmoe_time_to_first_token_seconds_sum"]
+    waited_s, first_s, whole_s, between_s = (
+        after[name] - before[name]
+        for name in (
+            "nmoe_queue_seconds_sum",
+            "nmoe_time_to_first_token_seconds_sum",
+            "nmoe_request_latency_seconds_sum",
+            "nmoe_inter_token_seconds_total",
+        )
+    )
+    seen_first_s, seen_whole_s = (
+        sum(answer.responses[at].at_s - began_s for began_s, answer in asked) for at in (0, -1)
+    )
+    assert 0.0 < waited_s <= first_s < whole_s
+    assert first_s <= seen_first_s + CLOCKS_S and whole_s <= seen_whole_s + CLOCKS_S  # what clients see takes longer
+    assert first_s + between_s == pytest.approx(whole_s, rel=0.05)
 
 
 def test_gauges_show_the_load_while_it_lasts(model_path: Path, tmp_path: Path) -> None:
