@@ -9,6 +9,7 @@ each gets the exit code. Only the server's own user and root are heard (SO_PEERC
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import struct
@@ -48,7 +49,7 @@ class ControlSocket:
     def __exit__(self, *_: object) -> None:
         self.asks_for_drain()
         for peer in self._waiting:
-            with peer:
+            with peer, contextlib.suppress(ConnectionError):  # who asked may have gone: `nmoe drain --timeout`
                 peer.send(bytes([self._code]))  # one byte into an empty buffer: never blocks
         self._socket.close()
 

@@ -1,7 +1,9 @@
 """Users of both faces for Locust: conversations, long contexts, bursts.
 
     .venv-tools/bin/python -m locust -f perf/locustfile.py --headless --host http://localhost:9000 \\
-      --grpc localhost:8001 --users 24 --spawn-rate 4 --run-time 2m --html load.html
+      --grpc localhost:8001 --model NAME --users 220 --spawn-rate 4 --run-time 10m --stop-timeout 60s --html load.html
+
+(README.md has the one for the tiny model: `--scale` and `--long` make conversations that fit it.)
 
 | user | face | asks |
 |---|---|---|

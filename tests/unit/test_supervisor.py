@@ -214,6 +214,20 @@ def test_a_drain_is_heard_once_and_everybody_who_asked_gets_the_exit_code() -> N
     assert set(codes) <= {0, 1} and 0 in codes  # one that came too late finds nobody
 
 
+def test_who_asks_for_a_drain_and_leaves_takes_nobodys_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    codes: list[int] = []
+    port = 400_000 + os.getpid()
+    with ControlSocket(port) as control:
+        assert drain(port, 0.01) == 1  # nobody looks yet
+        client = threading.Thread(target=lambda: codes.append(drain(port, 30.0)))
+        client.start()
+        while len(control._waiting) < 2:
+            control.asks_for_drain()
+        control.tell(0)
+    client.join(30)
+    assert codes == [0] and "still runs after 0.01 s" in capsys.readouterr().err
+
+
 def test_two_servers_on_one_port_are_refused_and_a_drain_of_none_is_an_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
