@@ -57,11 +57,13 @@ class Site:
         pools = {name: "latency" if name.startswith("l") else "throughput" for name in names}
         wait_until(lambda: all(self.front.is_up(pools[name], name) for name in names), 20.0, f"{names} are up")
 
-    def complete(self, headers: dict[str, str] | None = None, prompt: str = "Hello", padding: int = 0) -> Any:
+    def complete(
+        self, headers: dict[str, str] | None = None, prompt: str = "Hello", padding: int = 0, **fields: str
+    ) -> Any:
         """The headers of a whole answer. The gateway is idle before: a client has its last byte before HAProxy has
         counted the request off, and the bound on a replica's share would send the next one elsewhere."""
         wait_until(self.front.is_idle, 20.0, "no request is left")
-        body = json.dumps({"prompt": prompt, "model": "tiny", "max_tokens": 2}).encode() + b" " * padding
+        body = json.dumps({"prompt": prompt, "model": "tiny", "max_tokens": 2, **fields}).encode() + b" " * padding
         request = urllib.request.Request(
             f"{self.front.url}/v1/completions", body, {"Content-Type": "application/json", **(headers or {})}
         )
@@ -117,6 +119,16 @@ def test_without_an_id_the_beginning_of_the_prompt_is_the_session_and_the_answer
     assert places == {"l1", "l2"}
     longer = [site.complete(prompt="y " * 600 + turn)["x-served-by"] for turn in ("one", "two", "three")]
     assert len(set(longer)) == 1
+
+
+@pytest.mark.slow
+def test_openais_prompt_cache_key_is_a_session_whatever_the_prompt_is(site: Site) -> None:
+    homes = []
+    for key in map(str, range(12)):
+        first, again = (site.complete(prompt=f"{turn} turn", prompt_cache_key=key) for turn in ("one", "another"))
+        assert (again["x-session-id"], again["x-served-by"]) == (first["x-session-id"], first["x-served-by"])
+        homes.append((first["x-session-id"], first["x-served-by"]))
+    assert len({session for session, _ in homes}) == 12 and {home for _, home in homes} == {"l1", "l2"}
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from nmoe_backend.tracing import start_tracing, traceparent_of
 from nmoe_backend.types import DeviceUse, ErrorKind, Grammar, RequestError
 
 _LOG = logging.getLogger(f"{ROOT_LOGGER}.deepseek_v3")  # Triton calls this module as it likes
-DRAIN_S = 20.0  # inside tritonserver's --exit-timeout-secs of 30
+DRAIN_S = 20.0  # inside of a bare tritonserver's --exit-timeout-secs, 30; `nmoe serve` has let requests end before
 _CODES = {  # names: pb_utils is filled in after this module has been imported
     ErrorKind.INVALID: "INVALID_ARG",
     ErrorKind.OVERLOADED: "UNAVAILABLE",
