@@ -25,8 +25,9 @@ from nmoe_backend.api.parsers.events import (
 )
 from nmoe_backend.api.prompts import Prompt, functions
 from nmoe_backend.api.sampling import GUIDE_INPUT, guide_field, response_guide, sampling_inputs, seeds
-from nmoe_backend.api.schemas import ChatRequest, NamedToolChoice
+from nmoe_backend.api.schemas import AllowedToolChoice, ChatRequest, NamedToolChoice
 from nmoe_backend.api.service import Caller, ReasoningCounter, Service
+from nmoe_backend.api.validation import shown
 from nmoe_backend.types import RequestError
 
 
@@ -158,12 +159,28 @@ def _job(
 
 
 def _offer(body: ChatRequest) -> Offer:
-    wish = body.tool_choice
-    choice: ToolChoice | None = {"name": wish.function.name} if isinstance(wish, NamedToolChoice) else wish
+    wish, tools = body.tool_choice, functions(body.tools)
+    choice: ToolChoice | None
+    match wish:
+        case NamedToolChoice():
+            choice = {"name": wish.function.name}
+        case AllowedToolChoice():
+            choice = wish.allowed_tools.mode
+            tools = _allowed(tools, {tool.function.name for tool in wish.allowed_tools.tools})
+        case _:
+            choice = wish
     try:
-        return offer(functions(body.tools), choice, body.parallel_tool_calls is not False)
+        return offer(tools, choice, body.parallel_tool_calls is not False)
     except RequestError as error:
         raise of_request_error(error) from error
+
+
+def _allowed(tools: list[dict[str, object]], names: set[str]) -> list[dict[str, object]]:
+    """Those of these names. ApiError 400 for a name that no tool has."""
+    unknown = names - {str(tool["name"]) for tool in tools}
+    if unknown:
+        raise bad_request(f"tool_choice: got {shown(min(unknown))} in tools, need names of tools.", "tool_choice")
+    return [tool for tool in tools if tool["name"] in names]
 
 
 class _Answer:

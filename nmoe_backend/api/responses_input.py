@@ -11,7 +11,6 @@ from nmoe_backend.api.responses_schemas import (
     LOGPROBS,
     REFUSED,
     AllowedTools,
-    FlatTool,
     FunctionCallItem,
     FunctionCallOutputItem,
     FunctionChoice,
@@ -21,8 +20,11 @@ from nmoe_backend.api.responses_schemas import (
     ReasoningItem,
     ResponsesRequest,
     SchemaFormat,
+    ToolChoice,
 )
 from nmoe_backend.api.schemas import (
+    AllowedFunctions,
+    AllowedToolChoice,
     ChatRequest,
     FunctionCall,
     FunctionTool,
@@ -49,10 +51,10 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     """The same wishes in a chat request's words. ApiError 400 for what is not served."""
     _refuse(body)
     fields: dict[str, Any] = {name: getattr(body, name) for name in _SAME if name in body.model_fields_set}
-    tools, fields["tool_choice"] = _tools(body)
-    if tools:
+    fields["tool_choice"] = _tool_choice(body.tool_choice)
+    if body.tools:
         fields["tools"] = [
-            Tool(type="function", function=FunctionTool(**tool.model_dump(exclude={"type"}))) for tool in tools
+            Tool(type="function", function=FunctionTool(**tool.model_dump(exclude={"type"}))) for tool in body.tools
         ]
     if body.max_output_tokens is not None:
         fields["max_completion_tokens"] = body.max_output_tokens
@@ -118,18 +120,19 @@ def _text(content: str | Sequence[Part]) -> str:
     return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
 
 
-def _tools(body: ResponsesRequest) -> tuple[list[FlatTool], str | NamedToolChoice | None]:
-    """(tools on offer, choice among them)."""
-    tools, choice = body.tools or [], body.tool_choice
-    if isinstance(choice, FunctionChoice):
-        return tools, NamedToolChoice(type="function", function=NamedFunction(name=choice.name))
-    if not isinstance(choice, AllowedTools):
-        return tools, choice
-    names = {tool.name for tool in choice.tools}
-    unknown = names - {tool.name for tool in tools}
-    if unknown:
-        raise bad_request(f"tool_choice.tools: got {shown(min(unknown))}, need names of tools.", "tool_choice")
-    return [tool for tool in tools if tool.name in names], choice.mode
+def _tool_choice(choice: ToolChoice | None) -> str | NamedToolChoice | AllowedToolChoice | None:
+    match choice:
+        case FunctionChoice():
+            return _named(choice)
+        case AllowedTools():
+            allowed = AllowedFunctions(mode=choice.mode, tools=[_named(tool) for tool in choice.tools])
+            return AllowedToolChoice(type="allowed_tools", allowed_tools=allowed)
+        case _:
+            return choice
+
+
+def _named(choice: FunctionChoice) -> NamedToolChoice:
+    return NamedToolChoice(type="function", function=NamedFunction(name=choice.name))
 
 
 def _format(body: ResponsesRequest) -> ResponseFormat | None:

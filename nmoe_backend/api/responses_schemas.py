@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from nmoe_backend.api.schemas import (
@@ -22,6 +22,7 @@ from nmoe_backend.api.schemas import (
     ReasoningEffort,
     RefusalPart,
     TextPart,
+    by_type,
 )
 from nmoe_backend.types import MAX_TOP_LOGPROBS
 
@@ -42,16 +43,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-def _by_type(needs: str, tags: Mapping[str, str], default: str = "") -> Discriminator:
-    """Members of a union by their field `type`. Tags begin in upper case: errors leave them out of a field's name."""
-
-    def tag(value: Any) -> str | None:
-        given = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-        return tags.get(default if given is None else given) if given is None or isinstance(given, str) else None
-
-    return Discriminator(tag, custom_error_type="no_such_type", custom_error_message=f"Input should be {needs}")
-
-
 class ItemText(TextPart):
     """Text in an item; what an answer says beside it may come back and changes nothing."""
 
@@ -61,7 +52,7 @@ class ItemText(TextPart):
 
 Part = Annotated[
     Annotated[ItemText, Tag("Text")] | Annotated[RefusalPart, Tag("Refusal")],
-    _by_type(
+    by_type(
         "a part of type input_text, output_text or refusal: this model reads and writes text",
         {"text": "Text", "input_text": "Text", "output_text": "Text", "refusal": "Refusal"},
     ),
@@ -123,7 +114,7 @@ Item = Annotated[
     | Annotated[FunctionCallItem, Tag("Call")]
     | Annotated[FunctionCallOutputItem, Tag("Output")]
     | Annotated[ReasoningItem, Tag("Reasoning")],
-    _by_type(
+    by_type(
         "an item of type message, function_call, function_call_output or reasoning: nothing is stored here, and there "
         "are no built-in tools",
         {
@@ -167,7 +158,7 @@ class AllowedTools(Body):
 ToolChoice = (
     Annotated[
         Annotated[FunctionChoice, Tag("Function")] | Annotated[AllowedTools, Tag("Allowed")],
-        _by_type(
+        by_type(
             "auto, none, required, or an object of type function or allowed_tools",
             {"function": "Function", "allowed_tools": "Allowed"},
         ),
@@ -188,7 +179,7 @@ class TextConfig(Body):
     format: (
         Annotated[
             Annotated[PlainFormat, Tag("Plain")] | Annotated[SchemaFormat, Tag("Schema")],
-            _by_type(
+            by_type(
                 "an object of type text, json_object or json_schema",
                 {"text": "Plain", "json_object": "Plain", "json_schema": "Schema"},
             ),

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from nmoe_backend.contract_inputs import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, MAX_STOP_WORDS
@@ -65,6 +65,16 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "cache_salt": _ANY,
     }
 )
+
+
+def by_type(needs: str, tags: Mapping[str, str], default: str = "") -> Discriminator:
+    """Members of a union by their field `type`. Tags begin in upper case: errors leave them out of a field's name."""
+
+    def tag(value: Any) -> str | None:
+        given = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        return tags.get(default if given is None else given) if given is None or isinstance(given, str) else None
+
+    return Discriminator(tag, custom_error_type="no_such_type", custom_error_message=f"Input should be {needs}")
 
 
 class Body(BaseModel):
@@ -228,6 +238,30 @@ class NamedToolChoice(Body):
     function: NamedFunction
 
 
+class AllowedFunctions(Body):
+    mode: Literal["auto", "required"]
+    tools: Items[NamedToolChoice]
+
+
+class AllowedToolChoice(Body):
+    """Some of the tools; the others might as well not be there."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
+ToolChoice = (
+    Annotated[
+        Annotated[NamedToolChoice, Tag("Named")] | Annotated[AllowedToolChoice, Tag("Allowed")],
+        by_type(
+            "auto, none, required, or an object of type function or allowed_tools",
+            {"function": "Named", "allowed_tools": "Allowed"},
+        ),
+    ]
+    | Literal["auto", "none", "required"]
+)
+
+
 class Thinking(Body):
     type: Literal["enabled", "disabled"]
 
@@ -251,7 +285,7 @@ class ChatRequest(Sampling, Inert):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: Annotated[List[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedToolChoice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: ReasoningEffort | None = None
     thinking: Thinking | None = None

@@ -59,6 +59,8 @@ def complaint(body: object, model: Any = ChatRequest, content_type: str = "appli
             ("not a known field",),
         ),
         ({"tools": [{"type": "function"}]}, "tools[0].function", ("is required",)),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", ("is required",)),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice", ("function or allowed_tools",)),
         ({"stop": [1]}, "stop[0]", ("got 1",)),
         ({"max_token": 1}, "max_token", ("Did you mean 'max_tokens'",)),
         ({"functions": [{}]}, "functions", ("Send tools.",)),

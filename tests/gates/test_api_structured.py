@@ -40,6 +40,7 @@ ADD = {
         },
     },
 }
+NAMED = {"type": "function", "function": {"name": "add"}}
 DRAWN: dict[str, Any] = {"temperature": 1.0, "max_tokens": 500}
 
 
@@ -123,9 +124,16 @@ def test_reasoning_stands_in_front_of_a_schema(client: OpenAI, api_checkpoint: A
         ({"extra_body": {"structured_outputs": {"regex": "a", "choice": ["b"]}}}, "structured_outputs"),
         ({"response_format": STRICT, "extra_body": {"structured_outputs": {"regex": "a"}}}, "structured_outputs"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": NAMED}, "tool_choice"),
+        (
+            {
+                "tools": [WEATHER],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}},
+            },
+            "tool_choice",
+        ),
     ],
-    ids=["schema", "no schema", "regex", "grammar", "two wishes", "two ways", "no tools", "unknown tool"],
+    ids=["schema", "no schema", "regex", "grammar", "two wishes", "two ways", "no tools", "unknown", "not allowed"],
 )
 def test_wishes_that_cannot_be_met_are_400_and_name_the_parameter(
     client: OpenAI, fields: dict[str, Any], param: str
@@ -149,10 +157,11 @@ def check_calls(calls: Any, names: set[str]) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_required_and_named_choices_give_valid_calls(client: OpenAI, seed: int) -> None:
     tools = [WEATHER, ADD]
-    named = {"type": "function", "function": {"name": "add"}}
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}
     cases: list[tuple[dict[str, Any], set[str]]] = [
+        ({"tool_choice": allowed, "parallel_tool_calls": False}, {"add"}),
         ({"tool_choice": "required", "parallel_tool_calls": False}, {"get_weather", "add"}),
-        ({"tool_choice": named, "parallel_tool_calls": False}, {"add"}),
+        ({"tool_choice": NAMED, "parallel_tool_calls": False}, {"add"}),
         ({"tool_choice": "required"}, {"get_weather", "add"}),
     ]
     for fields, names in cases:
