@@ -130,6 +130,7 @@ def test_a_gpu_node_that_cannot_serve_says_why(case: str, tmp_path: Path, monkey
     found = {finding.name: finding for finding in preflight.check_gpus(config, dims, facts)}
     assert_fails(found[name], got, remedy)
     monkeypatch.setattr(preflight, "measure", lambda _ordinals: facts)
+    monkeypatch.setattr(environ, "export", lambda _name, _value: None)  # what follows runs in this process
     with pytest.raises(ConfigError, match=rf"(?s){got}.*{remedy}"):
         preflight.require_machine(config)
 
