@@ -62,7 +62,8 @@ class ChildProcess:
         return self._process.poll()
 
     def last_lines(self) -> list[str]:
-        """What it printed last, oldest first. Complete once the process has ended and `stop` returned."""
+        """What it printed last, oldest first, events of requests left out. Complete once the process has ended and
+        `stop` returned."""
         return list(self._lines)
 
     def stop(self, drain_s: float) -> bool:
@@ -109,7 +110,8 @@ class ChildProcess:
         with self._process.stdout as output:
             for raw in output:
                 line = raw.decode("utf-8", "replace").rstrip()
-                self._lines.append(line)
+                if not _tells_of_a_request(line):
+                    self._lines.append(line)
                 self._on_line(line)
 
 
@@ -162,9 +164,19 @@ _NO_GPU = (  # what a server says on a machine without a GPU, as errors and warn
 )
 
 
+_EVENT = re.compile(r'{"time": "[^"]+", "level": "\w+", "event": "(\w+)"')
+_OF_REQUESTS = frozenset(("received", "first_token", "finished", "cancelled", "error", "refused"))
+
+
 def is_event(line: str) -> bool:
     """Whether it is a line of event_log.py, from whatever process."""
-    return line.startswith('{"time": "')
+    return _EVENT.match(line) is not None
+
+
+def _tells_of_a_request(line: str) -> bool:
+    """Three events a request, and an error for each that was alive, would leave nothing of what broke."""
+    event = _EVENT.match(line)
+    return event is not None and event[1] in _OF_REQUESTS
 
 
 def progress_of(line: str) -> tuple[str, str] | None:

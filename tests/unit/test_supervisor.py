@@ -167,6 +167,28 @@ def test_without_restart_the_first_death_is_final(capfd: pytest.CaptureFixture[s
     assert "nmoe: the child died (exit code -9). Its last lines:" in capfd.readouterr().err
 
 
+def test_the_cause_is_not_lost_among_the_errors_of_requests(capfd: pytest.CaptureFixture[str]) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "import logging, time; from nmoe_backend.event_log import log_event, start_log\n"
+        "stop, log = start_log('info'), logging.getLogger('nmoe_backend.x')\n"
+        "log_event(log, 'engine_failed', {'cause': 'it fell off the bus'}, logging.CRITICAL)\n"
+        "log.error('words of a library')\n"
+        "for number in range(500): log_event(log, 'error', {'id': number}, logging.ERROR)\n"
+        "stop(); print('on', flush=True); time.sleep(600)"
+    )
+    with Harness(Clock(), SupervisorConfig(restart=False), code=code) as one:
+        one.child.tick()
+        while "on" not in one.processes[-1].last_lines():
+            pass
+        one.child.tick()
+        one.end()
+        with pytest.raises(GaveUp, match="died"):
+            one.child.tick()
+    said = capfd.readouterr().err
+    assert "it fell off the bus" in said and "words of a library" in said and '"event": "error"' not in said
+
+
 def test_more_deaths_than_the_limit_are_final_and_the_reason_is_the_last_one() -> None:
     clock = Clock()
     with Harness(clock, SupervisorConfig(restart_limit=1)) as one:
