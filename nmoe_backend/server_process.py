@@ -109,10 +109,10 @@ class ChildProcess:
         assert self._process.stdout is not None, "the output is a pipe"
         with self._process.stdout as output:
             for raw in output:
-                line = raw.decode("utf-8", "replace").rstrip()
-                if not _tells_of_a_request(line):
-                    self._lines.append(line)
-                self._on_line(line)
+                for line in lines_in(raw.decode("utf-8", "replace").rstrip()):
+                    if not _tells_of_a_request(line):
+                        self._lines.append(line)
+                    self._on_line(line)
 
 
 class ServerProcess(ChildProcess):
@@ -171,6 +171,13 @@ _OF_REQUESTS = frozenset(("received", "first_token", "finished", "cancelled", "e
 def is_event(line: str) -> bool:
     """Whether it is a line of event_log.py, from whatever process."""
     return _EVENT.match(line) is not None
+
+
+def lines_in(text: str) -> list[str]:
+    """A line of output, in two where an event begins behind what another process of the pipe has not ended yet: the
+    server writes its tables in pieces, while its model may log."""
+    event = _EVENT.search(text)
+    return [text] if event is None or not event.start() else [text[: event.start()], text[event.start() :]]
 
 
 def _tells_of_a_request(line: str) -> bool:

@@ -20,7 +20,7 @@ import pytest
 from nmoe_backend import __main__ as console, http_probe, launch
 from nmoe_backend.config import ServeConfig
 from nmoe_backend.event_log import JsonFormatter
-from nmoe_backend.server_process import progress_of
+from nmoe_backend.server_process import lines_in, progress_of
 from nmoe_backend.supervisor_child import Console
 from nmoe_backend.types import ConfigError
 from tests.model_folder import write_model_folder, write_toml
@@ -153,6 +153,13 @@ def test_lines_of_several_children_stay_whole_and_events_stay_json(capfd: pytest
 )
 def test_progress_shows_what_a_person_wants_to_see(line: str, shown: tuple[str, str] | None) -> None:
     assert progress_of(line) == shown
+
+
+def test_an_event_behind_an_unfinished_line_is_a_line() -> None:
+    event = '{"time": "2026-01-02T03:04:05.678Z", "level": "info", "event": "ready", "text": "{\\"time\\": 1}"}'
+    assert lines_in("| Model | Ver" + event) == ["| Model | Ver", event]
+    assert lines_in(event) == [event]
+    assert lines_in("+----+") == ["+----+"]
 
 
 @contextmanager
