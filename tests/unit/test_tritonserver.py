@@ -110,6 +110,7 @@ def test_the_command_carries_the_config(device: str, tmp_path: Path, monkeypatch
     binary = container(tmp_path)
     monkeypatch.setenv("PATH", str(binary.parent))
     monkeypatch.setenv("LD_LIBRARY_PATH", "/theirs")
+    monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)  # a refused start of another test exported it
     path = write_toml(
         tmp_path / "c.toml",
         write_model_folder(tmp_path / "model"),
