@@ -234,7 +234,7 @@ def test_a_stop_string_ends_the_request_in_the_engine_and_what_comes_later_is_ig
     assert desk.engine.finished == [(stream.request_id, "stop")]
     put_text(text, stream, "more", None)
     stream.close("stop")
-    assert desk.responder._ready.qsize() == 1  # only the first put scheduled it
+    assert len(desk.responder._ready) == 1  # only the first put scheduled it
     assert len(channel.chunks) == 1
 
 
@@ -310,20 +310,21 @@ def test_a_client_that_cannot_be_reached_is_cancelled_once_and_still_gets_a_fina
     assert desk.responder.num_live() == 0
 
 
-@pytest.mark.parametrize("num_live", [1, 5, 64, 2048])
-def test_every_live_stream_is_polled_within_a_second_on_a_fixed_budget(text: Text, num_live: int) -> None:
+@pytest.mark.parametrize(("num_live", "ticks"), [(1, 10), (5, 10), (64, 10), (576, 10), (2048, 32)])
+def test_every_live_stream_is_polled_on_a_fixed_budget(text: Text, num_live: int, ticks: int) -> None:
+    """Ticks of 0.1 s: within a second, and where that would be more than 640 polls, as soon as these go round."""
     desk = Desk(text)
     channels = [FakeChannel() for _ in range(num_live)]
     streams = [desk.open(channel) for channel in channels]
     most = 0
-    for _ in range(10):  # ticks of 0.1 s
+    for _ in range(ticks):
         before = sum(channel.polls for channel in channels)
         desk.responder.poll()
         most = max(most, sum(channel.polls for channel in channels) - before)
     assert min(channel.polls for channel in channels) >= 1
-    assert most <= max(16, num_live // 9 + 1)
+    assert most <= min(max(16, num_live // 9 + 1), 64)
     channels[-1].gone = True
-    for _ in range(10):
+    for _ in range(ticks):
         desk.responder.poll()
     assert set(desk.engine.cancelled) == {streams[-1].request_id}
 

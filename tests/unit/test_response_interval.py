@@ -27,7 +27,7 @@ class PacedDesk(Desk):
     def run(self) -> None:
         """All that there is to do at this time."""
         self.responder._pacer.tick()
-        while not self.responder._ready.empty():
+        while len(self.responder._ready):
             stream = self.responder._ready.get()
             assert stream is not None
             self.responder.serve(stream)
@@ -138,7 +138,7 @@ def test_without_an_interval_nobody_rests(desk: PacedDesk) -> None:
     stream.put(3)
     desk.run()
     stream.put(4)
-    assert desk.responder._ready.qsize() == 1
+    assert len(desk.responder._ready) == 1
     assert not desk.responder._pacer._heap and desk.responder._pacer._arrivals.empty()
 
 
