@@ -1,6 +1,6 @@
 """P4, P6, P7: what the server adds to the engine, how long a start takes, and whether the GPU waits between steps.
 
-    python -m perf.bench_latency --commit HASH [--parts decode load] [--output FILE]
+    python -m perf.bench_latency --commit HASH [--parts decode load] [--paths engine server] [--output FILE]
     python -m perf.bench_latency --config tiny.toml --streams 8 ...     # any TOML; how it is tried without a GPU
 
 Two sessions on one GPU, one after the other: the engine in a process of its own (an Orchestrator and no more), then a
@@ -18,6 +18,7 @@ startup  P6: from the launch of tritonserver to the first token of the first ans
          server's session always measures it.
 cold     the engine's start with an empty kernel cache, and again with the one that it left.
 capture  all graphs of a model with DeepSeek's layers, captured by one rank thread and by eight at once.
+memory   GB of the GPU when the engine has answered (device), of it held by torch, and the doctor's sum (budget).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from tests.triton_server import TritonServer
 
 CONFIG = Path(__file__).parent / "lmsys_decode.toml"
 MODEL_LINE = 'model_path = "deepseek_v3"'  # of CONFIG
+PATHS = ("engine", "server")
 PARTS = ("decode", "load", "startup", "cold", "capture")
 ResultT = TypeVar("ResultT")
 Run = Callable[[Sequence[open_loop.Planned]], list[Arrivals]]
@@ -78,6 +80,9 @@ def engine_session(config_path: Path, args: argparse.Namespace) -> list[dict[str
         entries = run_loads("engine", lambda load: open_loop.run_engine(orchestrator, load), args, config.vocab_size)
         if "decode" in args.parts and config.device == "cuda":
             entries.append({"part": "idle", "path": "engine"} | idle_of(orchestrator, args, config.vocab_size))
+            print(line_of(entries[-1]), flush=True)
+        if config.device == "cuda":
+            entries.append({"part": "memory", "path": "engine"} | results.memory_gb(config))
             print(line_of(entries[-1]), flush=True)
     finally:
         orchestrator.close()
@@ -196,6 +201,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["decode", "load"])
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="of decode and load")
     parser.add_argument(
         "--config", type=Path, default=CONFIG, help="TOML; default: %(default)s with a model folder made"
     )
@@ -229,9 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             config_path.write_text(CONFIG.read_text().replace(MODEL_LINE, f'model_path = "{model}"'))
         if ServeConfig.from_toml(config_path).device == "cuda":
             results.require_gpu()
-        if {"decode", "load"} & set(args.parts):
+        if "engine" in args.paths and {"decode", "load"} & set(args.parts):
             add(in_process(engine_session, config_path, args))
-        if {"decode", "load", "startup"} & set(args.parts):
+        if "server" in args.paths and {"decode", "load", "startup"} & set(args.parts):
             add(server_session(config_path, args))
         add(start_parts(config_path, args, Path(name)))
     print({name: line["value"] for name, line in goal_lines(entries, args).items()})

@@ -1,27 +1,28 @@
 """P1 and P2: decode steps of one rank of eight in loopback, DeepSeek-V3 at full size, through the production worker.
 
-    python -m perf.bench_lmsys_decode --commit HASH [--parts goals batch context skew] [--output FILE]
+    python -m perf.bench_lmsys_decode --commit HASH [--parts goals deterministic batch context skew] [--output FILE]
 
 Random fp8 weights of all 61 layers (load_format = "dummy"), 32 local experts, a KV cache of random latents; sequences
 decode --steps tokens each around a context, greedy, one step launched while the one before runs, as the engine does. A
 step is one graph replay from static buffers, then the sampler.
 
-parts      goals: --rows at --context, with a breakdown. batch: 1 ... 256 rows at --context. context: 1k ... 128k, with
-           as many rows, a power of two up to 64, as 8,256 pages hold. skew: --rows with a bias that makes every token
-           choose the first expert of each rank that it visits, so that one local expert has half of all rows.
+parts      goals: --rows at --context, with a breakdown. deterministic: the same with `deterministic = true`, the
+           product's default, against the TOML. batch: 1 ... 256 rows at --context. context: 1k ... 128k, with as many
+           rows, a power of two up to 64, as 8,256 pages hold. skew: --rows with a bias that makes every token choose
+           the first expert of each rank that it visits, so that one local expert has half of all rows.
 raw        rows / wall time of a step.
 corrected  raw with NVLink put back, for loopback moves the exchange's bytes at HBM speed: what bench_rdep.py measured
            between two GPUs (nvlink.py) or, with --nvlink, each layer's bytes that would leave the GPU at so many GB/s
            less their time in HBM. Projected, as are all figures of eight GPUs.
 idle       share of the time in which the GPU waits for the host between steps, an upper bound (step_clock.py).
 breakdown  what each kernel adds to a step, from the profiler (CUPTI), summed by operation: device_trace.py.
+memory_gb  of the GPU while the worker lives (device), of it held by torch, and the sum that the doctor prints (budget).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections import defaultdict
@@ -43,9 +44,10 @@ from perf.nvlink import nvlink_correction
 from perf.step_clock import clocked_workers
 
 CONFIG = Path(__file__).parent / "lmsys_decode.toml"
-LONG_CONTEXTS = {"max_batch_size": 64, "max_seq_len": 131200, "num_pages": 8256}
+LONG_CONTEXTS = {"max_batch_size": 64, "max_prefill_tokens": 256, "max_seq_len": 131200, "num_pages": 8256}
 GOALS = {256: ("P1", 4500.0, "tokens/s/GPU, projected"), 32: ("P2", 8000.0, "tokens/s/node, projected")}
-PARTS = ("goals", "batch", "context", "skew")
+PARTS = ("goals", "batch", "skew", "deterministic", "context")  # in the order in which they run
+IN_DETAIL = ("goals", "deterministic", "skew")  # --steps steps and a breakdown; of the others a few steps
 BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 CONTEXTS = tuple(1024 << power for power in range(8))
 SWEEP_STEPS = 30
@@ -96,10 +98,10 @@ class Decode:
         per_row = -(-end // page_size)
         pages = torch.randperm(config.num_pages, generator=torch.Generator().manual_seed(0))
         self._page_size, self._pages = page_size, pages[: rows * per_row].view(rows, per_row).tolist()
-        device = worker._state.block_tables.device
-        tables = torch.tensor(self._pages, dtype=torch.int32, device=device)
-        worker._state.block_tables[:rows, :per_row] = tables
-        worker._state.last_tokens[:rows] = torch.arange(rows, device=device) * 101 + 7
+        state, device = worker._state, worker._context.device
+        with worker._context.activate():  # on the stream of the steps
+            state.block_tables[:rows, :per_row] = torch.tensor(self._pages, dtype=torch.int32, device=device)
+            state.last_tokens[:rows] = torch.arange(rows, device=device) * 101 + 7
         self._admitted = [
             SlotInit(slot=slot, sampling=SamplingParams(temperature=0.0, ignore_eos=True, seed=slot), prompt_ids=(1,))
             for slot in range(rows)
@@ -172,10 +174,10 @@ def hot_experts(worker: Worker) -> Iterator[None]:
     """Every token chooses the first expert of each rank that it visits: a bias of 1 puts it above all others."""
     layers = moe_layers(worker)
     first = [layer._router._bias[:: layer._exchange.rdep.layout.num_local] for layer in layers]
-    with torch.inference_mode():
+    with worker._context.activate():
         torch._foreach_add_(first, 1.0)
     yield
-    with torch.inference_mode():
+    with worker._context.activate():
         torch._foreach_add_(first, -1.0)
 
 
@@ -198,10 +200,10 @@ def rates(worker: Worker, tokens: int, step_s: float, nvlink_gb_s: float | None)
 
 
 def measure(
-    worker: Worker, config: ServeConfig, rows: int, context: int, args: argparse.Namespace, *, is_goal: bool
+    worker: Worker, config: ServeConfig, rows: int, context: int, args: argparse.Namespace, *, in_detail: bool
 ) -> dict[str, Any]:
     """One entry of the results."""
-    steps = args.steps if is_goal else SWEEP_STEPS
+    steps = args.steps if in_detail else SWEEP_STEPS
     start = context - steps // 2 - WARM_STEPS
     decode = Decode(worker, config, rows, start, start + WARM_STEPS + steps + TRACED_STEPS)
     decode.run(WARM_STEPS)
@@ -209,7 +211,7 @@ def measure(
         step_s, tokens = decode.run(steps)
     result = {"rows": rows, "context": context} | rates(worker, rows, step_s, args.nvlink)
     result |= {"distinct_tokens": len(set(tokens)), "idle_share": clock.idle_share()}
-    if is_goal:
+    if in_detail:
         traced = trace(lambda: decode.run(TRACED_STEPS))
         result["operations_us"], result["kernels_us"] = breakdown(traced, TRACED_STEPS)
     return result
@@ -220,9 +222,10 @@ def built(config: ServeConfig, buckets: Sequence[Bucket]) -> Iterator[Worker]:
     """A loaded worker whose KV cache holds random latents; its memory is free again afterwards."""
     spec = models.load_spec(config.model_path)
     workers, _ = warmup.build_workers(config, config.replicas[0], spec, print, buckets)
-    for layer in workers[0]._kv_cache.layers:
-        layer.normal_()
     try:
+        with workers[0]._context.activate():
+            for layer in workers[0]._kv_cache.layers:
+                layer.normal_()
         yield workers[0]
     finally:
         workers[0].close()
@@ -246,34 +249,39 @@ def rows_at(context: int, config: ServeConfig) -> int:
 def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Entries as they are measured."""
 
-    def one(worker: Worker, config: ServeConfig, part: str, rows: int, context: int) -> dict[str, Any]:
-        return {"part": part} | measure(worker, config, rows, context, args, is_goal=part in ("goals", "skew"))
+    def entries(part: str, config: ServeConfig, worker: Worker, shapes: Iterable[tuple[int, int]]) -> Iterator[Any]:
+        with hot_experts(worker) if part == "skew" else nullcontext():
+            for rows, context in shapes:
+                found = measure(worker, config, rows, context, args, in_detail=part in IN_DETAIL)
+                yield {"part": part} | found | {"memory_gb": results.memory_gb(config)}
 
-    how = {"deterministic": True} if args.deterministic else {}
-    short = ServeConfig.from_toml(CONFIG, how)
-    of_short = set(args.parts) - {"context"}
-    if of_short:
-        buckets = {*args.rows, *(BATCH_ROWS if "batch" in args.parts else ())}
-        with built(short, decode_steps(buckets)) as worker:
-            for part in (part for part in PARTS if part in of_short):
-                with hot_experts(worker) if part == "skew" else nullcontext():
-                    for rows in BATCH_ROWS if part == "batch" else args.rows:
-                        yield one(worker, short, part, rows, args.context)
-    if "context" in args.parts:
-        long = ServeConfig.from_toml(CONFIG, how | LONG_CONTEXTS)
+    short, wanted = ServeConfig.from_toml(CONFIG), [part for part in PARTS if part in args.parts]
+    at_context = [(rows, args.context) for rows in args.rows]
+    sweep = [(rows, args.context) for rows in BATCH_ROWS]
+    one_worker = [part for part in wanted if part in ("goals", "batch", "skew")]
+    if one_worker:
+        with built(short, decode_steps({*args.rows, *(BATCH_ROWS if "batch" in wanted else ())})) as worker:
+            for part in one_worker:
+                yield from entries(part, short, worker, sweep if part == "batch" else at_context)
+    if "deterministic" in wanted:
+        config = ServeConfig.from_toml(CONFIG, {"deterministic": True})
+        with built(config, decode_steps(args.rows)) as worker:
+            yield from entries("deterministic", config, worker, at_context)
+    if "context" in wanted:
+        long = ServeConfig.from_toml(CONFIG, LONG_CONTEXTS)
         shapes = [(rows_at(context, long), context) for context in CONTEXTS]
         with built(long, decode_steps({rows for rows, _ in shapes})) as worker:
-            for rows, context in shapes:
-                yield one(worker, long, "context", rows, context)
+            yield from entries("context", long, worker, shapes)
 
 
 def report(result: dict[str, Any]) -> None:
     """One entry."""
     print(
-        f"{result['part']:8s} {result['rows']:4d} sequences at {result['context']:6d}: "
+        f"{result['part']:13s} {result['rows']:4d} sequences at {result['context']:6d}: "
         f"step {result['step_ms']:6.2f} ms = {result['raw_tok_s_gpu']:5.0f} tok/s/GPU raw, "
         f"{result['corrected_tok_s_gpu']:5.0f} corrected (projected); a token visits "
-        f"{result['ranks_a_token_visits']:.2f} ranks; {result['distinct_tokens']} distinct tokens",
+        f"{result['ranks_a_token_visits']:.2f} ranks; {result['distinct_tokens']} distinct tokens; "
+        f"GB {result['memory_gb']}",
         flush=True,
     )
     if "operations_us" not in result:
@@ -289,18 +297,18 @@ def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> d
     lines = {}
     nvlink = "as P5 measured it" if args.nvlink is None else f"from {args.nvlink:g} GB/s"
     for entry in entries:
-        if entry["part"] != "goals" or entry["rows"] not in GOALS:
+        if entry["part"] not in ("goals", "deterministic") or entry["rows"] not in GOALS:
             continue
         name, goal, unit = GOALS[entry["rows"]]
-        gpus = NODE_GPUS if "node" in unit else 1
-        lines[name + "_deterministic" * args.deterministic] = results.goal_line(
+        gpus, how = NODE_GPUS if "node" in unit else 1, "" if entry["part"] == "goals" else "_deterministic"
+        lines[name + how] = results.goal_line(
             round(entry["corrected_tok_s_gpu"] * gpus),
             unit,
             goal,
             args,
             raw=round(entry["raw_tok_s_gpu"] * gpus),
             method=f"perf/bench_lmsys_decode.py, {args.steps} steps: one GPU in loopback, NVLink {nvlink}; greedy, "
-            f"ctx {args.context}",
+            f"ctx {args.context}{how.replace('_', ', ')}",
         )
     return lines
 
@@ -312,22 +320,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 32])
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument(
-        "--deterministic", action="store_true", help="against the TOML; the goals have other lines then"
-    )
     parser.add_argument("--nvlink", type=float, help="GB/s between two GPUs, instead of what was measured")
     results.add_arguments(parser)
     args = results.parse(parser, argv)
     results.require_gpu()
-    entries: list[dict[str, Any]] = []
-    for entry in run_parts(args):
-        report(entry)
-        entries.append(entry | {"memory_gb": torch.cuda.max_memory_reserved() / 1e9})
-        lines = goal_lines(entries, args)
-        made = results.document("lmsys_decode", args, method=__doc__ or "", results=entries, goals=lines)
-        results.write(made, args)
-    print(json.dumps(goal_lines(entries, args)))
-    return 0
+    return results.write_all("lmsys_decode", args, __doc__ or "", run_parts(args), report, goal_lines)
 
 
 if __name__ == "__main__":

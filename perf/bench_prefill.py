@@ -2,8 +2,9 @@
 
     python -m perf.bench_prefill --commit HASH [--parts goals decode long] [--output FILE] [--save]
 
-The worker is that of bench_lmsys_decode.py, with room for --tokens prefill tokens a step and 131,072 of one sequence; a
-step is one graph replay from static buffers, then the sampler, and is launched while the one before runs.
+The worker is that of bench_lmsys_decode.py, with the same buffers from the same TOML; `long` has one of its own, with
+room for 131,072 tokens of one sequence. A step is one graph replay from static buffers, then the sampler, and is
+launched while the one before runs.
 
 parts      goals: prompts of --prompt tokens, one behind the other, fill steps of exactly --tokens tokens, as the
            scheduler fills them: a prompt that does not fit goes on in the next step (of 8,000 tokens are four whole
@@ -18,7 +19,6 @@ breakdown  kernel times of a step, from the profiler (CUPTI), summed by operatio
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from nmoe_backend.config import ServeConfig
+from nmoe_backend.layers.batch import KEY_BLOCK
 from nmoe_backend.runtime.step_buckets import Bucket
 from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.types import PendingOutput, RankPlan, SamplingParams, SlotInit, StepPlan
@@ -37,7 +38,7 @@ from perf.step_clock import clocked_workers
 
 PARTS = ("goals", "decode", "long")
 LONG, LONG_CHUNK = 131072, 8192
-ROOM = {"max_batch_size": 64, "max_prefill_tokens": 8192, "max_seq_len": LONG, "num_pages": 2176}
+LONG_ROOM = {"max_batch_size": 64, "max_prefill_tokens": 8192, "max_seq_len": LONG, "num_pages": 2176}
 GOAL_TOKENS_S = 10000.0
 WARM_STEPS, TRACED_STEPS = 3, 3
 DECODE_ROWS, DECODE_CONTEXT = 64, 2000
@@ -122,7 +123,8 @@ def long_entry(worker: Worker, config: ServeConfig, chunks: Sequence[int]) -> di
     for chunk in range(LONG // LONG_CHUNK):
         plan = prompts.plan(LONG_CHUNK)
         if chunk not in chunks and chunk:  # the first one admits the sequence
-            worker._state.fill(plan, 0)  # its pages
+            with worker._context.activate():
+                worker._state.fill(plan, 0)  # its pages
             continue
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -133,20 +135,23 @@ def long_entry(worker: Worker, config: ServeConfig, chunks: Sequence[int]) -> di
 
 def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Entries as they are measured."""
-    config = ServeConfig.from_toml(CONFIG, ROOM)
-    keys = -(-LONG // 128) * 128 + 64 * 128
+    config = ServeConfig.from_toml(CONFIG)
     buckets = [Bucket(tokens, max(8192, 2 * tokens), 0) for tokens in args.tokens] if "goals" in args.parts else []
-    if "long" in args.parts:
-        buckets.append(Bucket(LONG_CHUNK, keys, 64))
     if "decode" in args.parts:
         buckets.append(Bucket(0, 0, DECODE_ROWS))
-    with built(config, buckets) as worker:
-        for tokens in args.tokens if "goals" in args.parts else ():
-            yield {"part": "goals"} | prefill_entry(worker, config, tokens, args)
-        if "decode" in args.parts:
-            yield {"part": "decode"} | measure(worker, config, DECODE_ROWS, DECODE_CONTEXT, args, is_goal=True)
-        if "long" in args.parts:
-            yield {"part": "long"} | long_entry(worker, config, args.chunks)
+    if buckets:
+        with built(config, buckets) as worker:
+            for tokens in args.tokens if "goals" in args.parts else ():
+                found = prefill_entry(worker, config, tokens, args)
+                yield {"part": "goals"} | found | {"memory_gb": results.memory_gb(config)}
+            if "decode" in args.parts:
+                found = measure(worker, config, DECODE_ROWS, DECODE_CONTEXT, args, in_detail=True)
+                yield {"part": "decode"} | found | {"memory_gb": results.memory_gb(config)}
+    if "long" in args.parts:
+        config = ServeConfig.from_toml(CONFIG, LONG_ROOM)
+        keys = LONG + config.max_batch_size * KEY_BLOCK
+        with built(config, [Bucket(LONG_CHUNK, keys, config.max_batch_size)]) as worker:
+            yield {"part": "long"} | long_entry(worker, config, args.chunks) | {"memory_gb": results.memory_gb(config)}
 
 
 def report(entry: dict[str, Any]) -> None:
@@ -159,7 +164,7 @@ def report(entry: dict[str, Any]) -> None:
     print(
         f"{size}: step {entry['step_ms']:.2f} ms = {entry['raw_tok_s_gpu']:.0f} tok/s/GPU raw, "
         f"{entry['corrected_tok_s_gpu']:.0f} corrected (projected); a token visits {entry['ranks_a_token_visits']:.2f} "
-        f"ranks; idle {entry['idle_share']:.2%}"
+        f"ranks; idle {entry['idle_share']:.2%}; GB {entry['memory_gb']}"
     )
     total = sum(one["us"] for one in entry["operations_us"].values())
     for name, one in sorted(entry["operations_us"].items(), key=lambda item: -item[1]["us"]):
@@ -210,15 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.add_arguments(parser)
     args = results.parse(parser, argv)
     results.require_gpu()
-    entries: list[dict[str, Any]] = []
-    for entry in run_parts(args):
-        report(entry)
-        entries.append(entry | {"memory_gb": torch.cuda.max_memory_reserved() / 1e9})
-        lines = goal_lines(entries, args)
-        made = results.document("prefill", args, method=__doc__ or "", results=entries, goals=lines)
-        results.write(made, args)
-    print(json.dumps(goal_lines(entries, args)))
-    return 0
+    return results.write_all("prefill", args, __doc__ or "", run_parts(args), report, goal_lines)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,12 @@ import argparse
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from nmoe_backend import memory
+from nmoe_backend.config import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = ROOT / "perf" / "baselines"
@@ -56,6 +59,16 @@ def gpu() -> dict[str, Any] | None:
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
+
+
+def memory_gb(config: ServeConfig) -> dict[str, float]:
+    """Of a GPU with one rank on it: all that is taken, what torch holds of it, and the sum that the doctor prints."""
+    import torch
+
+    budget = memory.memory_budget(config, memory.model_dims(config), config.replicas[0], config.num_pages)
+    free, total = torch.cuda.mem_get_info()
+    taken = {"device": total - free, "torch": torch.cuda.memory_reserved(), "budget": budget.total}
+    return {name: round(num_bytes / 1e9, 2) for name, num_bytes in taken.items()}
 
 
 def require_gpu(count: int = 1) -> None:
@@ -124,6 +137,24 @@ def write(made: Mapping[str, Any], args: argparse.Namespace) -> None:
     write_document(made, args.output)
     if args.save:
         save_lines(H200_BASELINE, made["goals"])
+
+
+def write_all(
+    name: str,
+    args: argparse.Namespace,
+    method: str,
+    entries: Iterable[dict[str, Any]],
+    report: Callable[[dict[str, Any]], None],
+    goal_lines: Callable[[Sequence[dict[str, Any]], argparse.Namespace], dict[str, dict[str, Any]]],
+) -> int:
+    """Reports each entry as it is measured and writes the document as it grows; the goals' lines last. Exit code 0."""
+    known: list[dict[str, Any]] = []
+    for entry in entries:
+        report(entry)
+        known.append(entry)
+        write(document(name, args, method=method, results=known, goals=goal_lines(known, args)), args)
+    print(json.dumps(goal_lines(known, args)))
+    return 0
 
 
 def write_document(made: Mapping[str, Any], output: Path | None) -> None:

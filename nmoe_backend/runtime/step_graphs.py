@@ -59,30 +59,49 @@ class StepGraphs:
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
 
     def capture(self, progress: Callable[[str], None]) -> None:
-        """A graph for each bucket, the largest first, behind a run that compiles and loads what it needs: those of one
-        size take the same kernels. All ranks of the group call it together."""
-        began, free, graph = time.monotonic(), self._free_bytes(), None
+        """Runs that compile and load what the steps need, then a graph for each bucket; the largest first, so that the
+        smaller ones fit into its memory. All ranks of the group call it together."""
+        began, before = time.monotonic(), self._taken()
         self._columns.load(RankPlan(), self._context.stream)
-        have_run: set[tuple[int, int]] = set()
+        sizes = {
+            (bucket.tokens, bucket.rows): bucket for bucket in self._buckets
+        }  # those of a size take the same kernels
+        for bucket in reversed(sizes.values()):
+            started = time.monotonic()
+            self._forward(bucket)
+            if self._context.device.type == "cuda":
+                torch.cuda.synchronize(self._context.device)
+            progress(f"step of {bucket}: run {time.monotonic() - started:.1f} s")
+        if not (self._model.ops.captures and self._context.has_own_device):
+            return
+        self._free_runs()
+        graph = None
         for bucket in reversed(self._buckets):
             started = time.monotonic()
-            if (bucket.tokens, bucket.rows) not in have_run:
-                self._forward(bucket)
-                have_run.add((bucket.tokens, bucket.rows))
-            if not (self._model.ops.captures and self._context.has_own_device):
-                continue
-            torch.cuda.synchronize(self._context.device)
-            ready = time.monotonic()
             graph, _ = capture(self._context, partial(self._forward, bucket), graph)
             self._graphs[bucket] = graph
-            progress(f"step of {bucket}: run {ready - started:.1f} s, captured {time.monotonic() - ready:.1f} s")
-        if self._graphs:
-            taken = (free - self._free_bytes()) / 1e9
-            progress(f"{len(self._graphs)} graphs: {time.monotonic() - began:.1f} s, {taken:.2f} GB")
+            progress(f"step of {bucket}: captured {time.monotonic() - started:.1f} s")
+        device, allocated = (now - then for now, then in zip(self._taken(), before, strict=True))
+        progress(
+            f"{len(self._graphs)} graphs: {time.monotonic() - began:.1f} s, {device / 1e9:.2f} GB, "
+            f"{(device - allocated) / 1e9:.2f} of them the driver's"
+        )
 
-    def _free_bytes(self) -> int:
+    def _free_runs(self) -> None:
+        """Gives back what the runs took, which the graphs do not use: they have memory of their own. By one rank for
+        all, because it frees the memory of all devices, and none may be captured meanwhile."""
+        self._context.meet()
+        if self._context.rank == 0:
+            torch.cuda.empty_cache()
+        self._context.meet()
+
+    def _taken(self) -> tuple[int, int]:
+        """Bytes of the device that are in use, and what torch's allocator holds of them."""
         device = self._context.device
-        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        if device.type != "cuda":
+            return 0, 0
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free, torch.cuda.memory_reserved(device)
 
     def run(self, step: StepPlan) -> Forward:
         """Of this rank's rows. Hidden states are there for a step with prefill only."""

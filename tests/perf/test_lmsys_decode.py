@@ -27,6 +27,7 @@ class FakeWorker:
         rows, pages = config.max_batch_size, -(-config.max_seq_len // 64)
         self.plans: list[StepPlan] = []
         self.biases: list[list[float]] = []
+        self._context = SimpleNamespace(activate=torch.inference_mode, device=torch.device("cpu"))
         self._state = SimpleNamespace(
             block_tables=torch.zeros(rows + 1, pages, dtype=torch.int32),
             last_tokens=torch.zeros(rows + 1, dtype=torch.int64),
@@ -68,7 +69,8 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[FakeWorker]:
     monkeypatch.setattr(bench, "trace", lambda work: (work(), {"nvjet_x": (1, 8.0)})[1])
     monkeypatch.setattr(bench, "clocked_workers", lambda: nullcontext(SimpleNamespace(idle_share=lambda: 0.01)))
     monkeypatch.setattr(results, "require_gpu", lambda count=1: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2e9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1_500_000_000, 150_000_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 147_254_000_000)
     return made
 
 
@@ -87,11 +89,13 @@ def test_the_quick_default_measures_both_goals(workers: list[FakeWorker], tmp_pa
         ("goals", 256, 2000),
         ("goals", 32, 2000),
     ]
+    assert made["results"][0]["memory_gb"].keys() == {"device", "torch", "budget"}
+    assert (made["results"][0]["memory_gb"]["device"], made["results"][0]["memory_gb"]["torch"]) == (148.5, 147.25)
     assert made["results"][0]["operations_us"] == {"head": {"launches": 0.25, "us": 2.0}}
 
 
 def test_deterministic_sums_have_lines_of_their_own(workers: list[FakeWorker], tmp_path: Path) -> None:
-    run("--deterministic", "--output", str(tmp_path / "decode.json"))
+    run("--parts", "deterministic", "--output", str(tmp_path / "decode.json"))
     made = json.loads((tmp_path / "decode.json").read_text())
     assert set(made["goals"]) == {"P1_deterministic", "P2_deterministic"}
 
