@@ -50,9 +50,10 @@ class Benchmark:
         return folder / f"{self.name}.json"
 
 
+DECODE_GOALS = ("P1", "P2", "P1_deterministic", "P2_deterministic")
 SUITES: Mapping[str, tuple[Benchmark, ...]] = {
     "quick": (
-        Benchmark(name="lmsys_decode", goals=("P1", "P2")),
+        Benchmark(name="lmsys_decode", arguments=("--parts", "goals", "deterministic"), goals=DECODE_GOALS),
         Benchmark(name="prefill", goals=("P3", "P7")),
         Benchmark(name="latency", arguments=("--parts", "decode"), goals=("P4", "P6", "P7_engine")),
     ),
@@ -60,7 +61,9 @@ SUITES: Mapping[str, tuple[Benchmark, ...]] = {
         Benchmark(name="rdep", goals=("P5",), num_gpus=2),
         Benchmark(name="kernels"),
         Benchmark(
-            name="lmsys_decode", arguments=("--parts", "goals", "batch", "context", "skew"), goals=("P1", "P2")
+            name="lmsys_decode",
+            arguments=("--parts", "goals", "deterministic", "batch", "skew", "context"),
+            goals=DECODE_GOALS,
         ),
         Benchmark(name="prefill", arguments=("--parts", "goals", "decode", "long"), goals=("P3", "P7")),
         Benchmark(
