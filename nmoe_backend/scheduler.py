@@ -192,7 +192,7 @@ class Scheduler:
         self._flights.popleft()
         self.planner.committed = step_id
         if elapsed_s is not None:
-            self.planner.model.observe(*flight.size, elapsed_s)
+            self.planner.observe(flight, elapsed_s)
         for rank_idx, output in enumerate(outputs):
             self.expert_rows[rank_idx] = output.expert_rows or self.expert_rows[rank_idx]
         for decoding, chunks, plan, output in zip(flight.decoding, flight.chunks, flight.plans, outputs, strict=True):

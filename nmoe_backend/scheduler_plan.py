@@ -12,21 +12,41 @@ would start long prompts earlier, and then preempt them half-way.) Pages themsel
 run out, the last in order on that rank is preempted; the first in order of a rank never is, and always fits (a rank
 holds max_seq_len tokens), so every step makes progress and every request ends.
 
-Time. While anybody decodes, prefill is cut so that the predicted step stays under itl_target_ms. On each rank with a
-waiting prompt the first one advances by min_chunk tokens all the same, even where the model says that this is too slow:
-a prompt that never advances would be worse. A chunk is at most twice the largest ever measured while somebody decodes,
-so that an untrained model does not make anybody wait for its first mistake.
+Time. While anybody decodes, prefill is cut so that the predicted step stays under itl_target_ms. What counts is what
+will be computed: where steps are padded, the bucket that the step will run in. On each rank with a waiting prompt the
+first one advances all the same, by min_chunk tokens and what the bucket of these has room for, even where the model
+says that this is too slow: a prompt that never advances would be worse. A chunk is at most twice the largest ever
+measured while somebody decodes, so that an untrained model does not make anybody wait for its first mistake.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nmoe_backend.scheduler_rank import NEVER, RankState, Sequence, by_order
-from nmoe_backend.step_time import StepTimeModel
+from nmoe_backend.step_buckets import Bucket, cheapest, keys_of, step_buckets
+from nmoe_backend.step_time import StepSize, StepTimeModel
 from nmoe_backend.types import EngineLimits, RankPlan
+
+
+class Prefill(NamedTuple):
+    """The prefill of a rank in a step; of several ranks, the most of each."""
+
+    tokens: int = 0
+    keys: int = 0  # see Bucket
+    pairs: float = 0.0  # see step_time.py
+
+    def plus(self, start: int, length: int) -> Prefill:
+        """With a chunk more."""
+        pairs = length * (start + 0.5 * length)
+        return Prefill(self.tokens + length, self.keys + keys_of(start, length), self.pairs + pairs)
+
+    def or_more(self, other: Prefill) -> Prefill:
+        return Prefill(max(self.tokens, other.tokens), max(self.keys, other.keys), max(self.pairs, other.pairs))
 
 
 @dataclass(slots=True)
@@ -37,7 +57,8 @@ class Flight:
     plans: tuple[RankPlan, ...]
     decoding: list[list[Sequence]]  # by rank, row order
     chunks: list[list[tuple[Sequence, int, int]]]  # by rank, row order: (sequence, start, length)
-    size: tuple[int, int, float]  # of the fullest rank: decode rows, prefill tokens, pairs (see step_time.py)
+    size: StepSize
+    prefill_tokens: int  # of the fullest rank
 
 
 class Planner:
@@ -47,7 +68,9 @@ class Planner:
         self._limits = limits
         self._min_chunk = limits.min_chunk
         self._target_s = limits.itl_target_ms / 1e3
-        self.model = StepTimeModel()
+        self._buckets = step_buckets(limits) if limits.pads_steps else ()
+        self._model = StepTimeModel()
+        self._most_measured = 0  # prefill tokens of a step
         self.ranks = tuple(RankState(rank_idx, limits) for rank_idx in range(limits.num_ranks))
         self._queue: list[tuple[tuple[int, int], Sequence]] = []  # heap by order; ended ones are dropped lazily
         self._grow_at: dict[int, list[Sequence]] = {}  # step -> decode rows that need a page in it
@@ -87,28 +110,58 @@ class Planner:
         step_id = self._next_step
         self._grow_decoding(step_id)
         decode_rows = max(len(rank.decoding) for rank in self.ranks)
-        room_s = math.inf
-        most_tokens = self._limits.max_prefill_tokens
+        target_s, most_tokens = math.inf, self._limits.max_prefill_tokens
         if decode_rows:
-            room_s = self._target_s - self.model.predict(decode_rows)
-            most_tokens = min(most_tokens, max(self._min_chunk, 2 * self.model.most_tokens))
+            target_s = self._target_s
+            most_tokens = min(most_tokens, max(self._min_chunk, 2 * self._most_measured))
         if self._queue:
-            self._admit(max(min(self._min_chunk, most_tokens), self._tokens_within(room_s, 0, most_tokens)))
-        prefill_tokens, pairs = 0, 0.0
+            longest = self._longest_chunk(decode_rows, Prefill(), Prefill(), 0, most_tokens, target_s)
+            self._admit(max(min(self._min_chunk, most_tokens), longest))
+        prefill = Prefill()
         for rank in self.ranks:
             if rank.prefilling:
-                cost = self.model.prefill_cost(prefill_tokens, pairs)
-                tokens, rank_pairs = self._fill(rank, room_s, most_tokens)
-                if (self.model.prefill_cost(tokens, rank_pairs), tokens) > (cost, prefill_tokens):
-                    prefill_tokens, pairs = tokens, rank_pairs
+                prefill = self._fill(rank, decode_rows, prefill, most_tokens, target_s)
         decode_rows = max(len(rank.decoding) for rank in self.ranks)
-        if not decode_rows and not prefill_tokens:
+        if not decode_rows and not prefill.tokens:
             return None
-        self.predicted_step_s = self.model.predict(decode_rows, prefill_tokens, pairs)
-        return self._launch(step_id, (decode_rows, prefill_tokens, pairs))
+        size = self._size(decode_rows, prefill)
+        self.predicted_step_s = self._model.predict(size)
+        return self._launch(step_id, size, prefill.tokens)
 
-    def _tokens_within(self, room_s: float, start: int, most: int) -> int:
-        return most if room_s == math.inf else self.model.tokens_within(room_s, start, most)
+    def observe(self, flight: Flight, seconds: float) -> None:
+        """How long a step took."""
+        self._most_measured = max(self._most_measured, flight.prefill_tokens)
+        self._model.observe(flight.size, seconds)
+
+    def _size(self, decode_rows: int, prefill: Prefill) -> StepSize:
+        """What a step computes."""
+        tokens = decode_rows + prefill.tokens
+        if self._buckets:
+            keys = min(prefill.keys, self._buckets[-1].keys)  # what is asked of an estimate may be more than there is
+            tokens = cheapest(self._buckets, Bucket(prefill.tokens, keys, decode_rows)).size
+        return StepSize(decode_rows, tokens, prefill.pairs)
+
+    def _longest_chunk(
+        self, decode_rows: int, mine: Prefill, others: Prefill, start: int, most: int, target_s: float
+    ) -> int:
+        """Of at most `most` tokens from position `start`, behind what the rank has already and beside what `others`
+        have, so that the step takes target_s at most."""
+
+        def seconds(length: int) -> float:
+            return self._model.predict(self._size(decode_rows, mine.plus(start, length).or_more(others)))
+
+        if target_s == math.inf or most <= 0 or seconds(most) <= target_s:
+            return most
+        return bisect_right(range(1, most), target_s, key=seconds)
+
+    def _least_chunk(self, decode_rows: int, start: int, most: int) -> int:
+        """By what a rank's first prompt advances in any case: min_chunk, and what is computed beside it anyway."""
+        length = min(self._min_chunk, most)
+        if not self._buckets:
+            return length
+        bucket = cheapest(self._buckets, Bucket(length, keys_of(start, length), decode_rows))
+        longer = min(bucket.tokens, most)
+        return longer if keys_of(start, longer) <= bucket.keys else length
 
     def _grow_decoding(self, step_id: int) -> None:
         """Give a page to each decode row that crosses a page boundary in this step; first in order first."""
@@ -190,26 +243,23 @@ class Planner:
                 best, best_load = rank, load
         return best
 
-    def _fill(self, rank: RankState, room_s: float, most_tokens: int) -> tuple[int, float]:
-        """Write the rank's prefill chunks, in order; returns their tokens and pairs."""
-        tokens, pairs = 0, 0.0
+    def _fill(self, rank: RankState, decode_rows: int, others: Prefill, most_tokens: int, target_s: float) -> Prefill:
+        """Write the rank's prefill chunks, in order, beside what `others` have; returns the most of all."""
+        mine = Prefill()
         for seq in rank.prefilling.copy():
             if seq.rank is not rank:  # preempted for one before it
                 continue
             start = seq.num_fed
-            most = min(seq.num_known - start, most_tokens - tokens)
-            length = self._tokens_within(room_s, start, most)
-            if tokens == 0:
-                length = max(length, min(self._min_chunk, most))
+            most = min(seq.num_known - start, most_tokens - mine.tokens)
+            length = self._longest_chunk(decode_rows, mine, others, start, most, target_s)
+            if mine.tokens == 0:
+                length = max(length, self._least_chunk(decode_rows, start, most))
             length = self._take_pages(rank, seq, length)
             if length <= 0:
                 break  # nobody passes it
             rank.feed(seq, length)
-            chunk_pairs = length * (start + 0.5 * length)
-            room_s -= self.model.prefill_cost(length, chunk_pairs)
-            tokens += length
-            pairs += chunk_pairs
-        return tokens, pairs
+            mine = mine.plus(start, length)
+        return mine.or_more(others)
 
     def _take_pages(self, rank: RankState, seq: Sequence, length: int) -> int:
         """Get the pages of the sequence's next `length` tokens, or of as many as pages can be had for."""
@@ -224,7 +274,7 @@ class Planner:
         rank.grow(seq, missing)
         return length
 
-    def _launch(self, step_id: int, size: tuple[int, int, float]) -> Flight:
+    def _launch(self, step_id: int, size: StepSize, prefill_tokens: int) -> Flight:
         """Freeze the plan and move every sequence on to where it stands after it."""
         decoding = [rank.decoding.copy() for rank in self.ranks]
         plans = tuple(rank.take_plan() for rank in self.ranks)
@@ -239,7 +289,7 @@ class Planner:
             if seq.final_step == step_id and seq.rank is not None:
                 seq.rank.release(seq)
         self._next_step = step_id + 1
-        return Flight(step_id, plans, decoding, chunks, size)
+        return Flight(step_id, plans, decoding, chunks, size, prefill_tokens)
 
     def _prefill_done(self, rank: RankState, seq: Sequence, step_id: int) -> None:
         """The last chunk is in this plan: decode from the next one on, or release when no further row will come."""

@@ -1,74 +1,67 @@
 """How long will a step take? A linear model, fitted online, that the scheduler uses to size prefill chunks.
 
-    seconds = base + per_row * decode rows + per_token * prefill tokens + per_pair * (query, key) pairs of the prefill
+    seconds = base + per_row * rows that decode + per_token * tokens that are computed
+            + (prefill + per_pair * (query, key) pairs, where there is prefill)
 
-of the rank that has most, since all ranks of a step wait for each other. A chunk of L tokens that starts at position s
-attends to L * s + L * L / 2 pairs. Coefficients are never negative, so more work is never predicted to be faster.
+of the rank that has most, since all ranks of a step wait for each other. Tokens that are computed are decode rows,
+prefill and padding: what the step's bucket holds. A chunk of L tokens that starts at position s attends to
+L * s + L * L / 2 pairs. Coefficients are never negative, so more work is never predicted to be faster.
 
-The fit is weighted least squares over exponentially forgotten sums (the normal equations, 4 x 4), with a weak pull to
+The fit is weighted least squares over exponentially forgotten sums (the normal equations, 5 x 5), with a weak pull to
 the last solution that decides where the data do not (a feature that does not vary). Coefficients that come out
 negative are pinned to 0 and the rest is solved again. Outliers (a page fault, a first compile) weigh 1 / error^2; a
-lasting change widens the scale by which outliers are judged, and so is believed within about 100 steps. About 15 us
+lasting change widens the scale by which outliers are judged, and so is believed within about 100 steps. About 20 us
 a step.
 """
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
-_SCALES = (1.0, 1.0 / 256, 1.0 / 1024, 1.0 / (1 << 20))  # features of like size: well-conditioned sums
+_ROWS, _TOKENS, _PAIRS = 1.0 / 256, 1.0 / 1024, 1.0 / (1 << 20)  # features of like size: well-conditioned sums
+# Smaller than the others: as long as all prefills are of one size, what they cost is put down to their tokens.
+_PREFILL = 1.0 / 128
+_NUM_FEATURES = 5
 _MEMORY_STEPS = 100  # after so many further steps the weight of one has fallen to 1/e
 _PULL = 1e-4  # weight of the last solution, in observations
 _OUTLIER = 4.0  # an error beyond so many mean absolute errors
+
+
+class StepSize(NamedTuple):
+    """Of a step's fullest rank."""
+
+    rows: int  # that decode
+    tokens: int  # that are computed
+    pairs: float  # of prefill; 0: there is none
 
 
 class StepTimeModel:
     """Predicts the seconds of a step from its size; learns from `observe`. Before the first observation it says 0."""
 
     def __init__(self) -> None:
-        self._gram = [[0.0] * 4 for _ in range(4)]
-        self._moment = [0.0] * 4
-        self._theta = [0.0] * 4
+        self._gram = [[0.0] * _NUM_FEATURES for _ in range(_NUM_FEATURES)]
+        self._moment = [0.0] * _NUM_FEATURES
+        self._theta = [0.0] * _NUM_FEATURES
         self._mean_error_s = 0.0
         self._num_observed = 0
-        self._most_tokens = 0
 
-    @property
-    def most_tokens(self) -> int:
-        """The largest prefill (tokens of a rank in one step) seen: predictions far beyond it are extrapolated."""
-        return self._most_tokens
+    def predict(self, size: StepSize) -> float:
+        """Seconds of such a step."""
+        base, per_row, per_token, prefill, per_pair = self._theta
+        seconds = base + per_row * size.rows * _ROWS + per_token * size.tokens * _TOKENS
+        return seconds + prefill * _PREFILL + per_pair * size.pairs * _PAIRS if size.pairs else seconds
 
-    def predict(self, decode_rows: int, prefill_tokens: int = 0, pairs: float = 0.0) -> float:
-        """Seconds of a step whose fullest rank decodes and prefills so much."""
-        theta = self._theta
-        return theta[0] + theta[1] * decode_rows * _SCALES[1] + self.prefill_cost(prefill_tokens, pairs)
-
-    def prefill_cost(self, prefill_tokens: int, pairs: float) -> float:
-        """The seconds that a rank's prefill adds to a step."""
-        return self._theta[2] * prefill_tokens * _SCALES[2] + self._theta[3] * pairs * _SCALES[3]
-
-    def tokens_within(self, room_s: float, start: int, most: int) -> int:
-        """The longest chunk, at most `most` tokens, that starts at position `start` and costs at most room_s."""
-        if room_s <= 0.0:
-            return 0
-        if self.prefill_cost(most, most * (start + 0.5 * most)) <= room_s:
-            return most
-        # per_pair / 2 * L^2 + (per_token + per_pair * start) * L = room_s, in the form that is stable for per_pair -> 0
-        half = 0.5 * self._theta[3] * _SCALES[3]
-        slope = self._theta[2] * _SCALES[2] + 2.0 * half * start
-        return min(most, int(2.0 * room_s / (slope + math.sqrt(slope * slope + 4.0 * half * room_s))))
-
-    def observe(self, decode_rows: int, prefill_tokens: int, pairs: float, seconds: float) -> None:
+    def observe(self, size: StepSize, seconds: float) -> None:
         """Learn from one measured step."""
-        self._most_tokens = max(self._most_tokens, prefill_tokens)
-        row = [1.0, decode_rows * _SCALES[1], prefill_tokens * _SCALES[2], pairs * _SCALES[3]]
-        weight = self._weight(seconds - self.predict(decode_rows, prefill_tokens, pairs), seconds)
+        prefill = _PREFILL if size.pairs else 0.0
+        row = [1.0, size.rows * _ROWS, size.tokens * _TOKENS, prefill, size.pairs * _PAIRS]
+        weight = self._weight(seconds - self.predict(size), seconds)
         self._num_observed += 1
         # A short memory at first: the earliest steps are the ones that compile, load and page in.
         keep = 1.0 - max(1.0 / _MEMORY_STEPS, 2.0 / (self._num_observed + 1))
         for i, gram_row in enumerate(self._gram):
             weighted = weight * row[i]
-            for j in range(4):
+            for j in range(_NUM_FEATURES):
                 gram_row[j] = keep * gram_row[j] + weighted * row[j]
             self._moment[i] = keep * self._moment[i] + weighted * seconds
         self._solve()
@@ -87,8 +80,9 @@ class StepTimeModel:
     def _solve(self) -> None:
         """Minimise the weighted squared error plus the pull to the last solution, over coefficients >= 0."""
         old = self._theta
-        active = [i for i in range(4) if self._gram[i][i] > 1e-12]  # else never seen, or long forgotten: keep it
-        inactive = [i for i in range(4) if i not in active]
+        # The others were never seen, or long ago: they keep what they have.
+        active = [i for i in range(_NUM_FEATURES) if self._gram[i][i] > 1e-12]
+        inactive = [i for i in range(_NUM_FEATURES) if i not in active]
         while active:
             rows = []
             for i in active:

@@ -21,6 +21,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 GuideType = Literal["json", "json_schema", "regex", "ebnf_grammar", "choice", "lark"]
 
 MAX_TOP_LOGPROBS = 20  # alternatives of one token, as in the OpenAI API
+KEY_BLOCK = 128  # prefill's keys are counted in whole blocks, each row's for itself
 
 
 class NmoeError(Exception):
@@ -177,6 +178,7 @@ class EngineLimits:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     min_chunk: int = 32  # prefill tokens by which a rank's first waiting prompt advances in every step
+    pads_steps: bool = False  # a step computes all tokens of its bucket (step_buckets.py)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

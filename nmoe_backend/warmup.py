@@ -34,10 +34,10 @@ from nmoe_backend.parallel.ranks import RankContext, RankGroup
 from nmoe_backend.runtime.dummy_weights import dummy_rank_weights
 from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.runtime.sampler import build_sampler
-from nmoe_backend.runtime.step_buckets import FEWEST_TOKENS, Bucket
 from nmoe_backend.runtime.weight_reader import ReadMeter
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.runtime.worker import Worker
+from nmoe_backend.step_buckets import FEWEST_TOKENS, Bucket
 from nmoe_backend.types import (
     EngineLimits,
     FinishReason,
@@ -101,7 +101,7 @@ def build_workers(
         num_pages = _num_pages(config, replica, devices)
         limits = engine_limits(config, num_pages, replica)
         if models[0].ops.pads_steps:  # the smallest step with prefill computes so many, there or not
-            limits = replace(limits, min_chunk=FEWEST_TOKENS)
+            limits = replace(limits, min_chunk=FEWEST_TOKENS, pads_steps=True)
         with _stage(progress, f"{name}: {num_pages} KV pages a rank"):
             workers = list(
                 pool.map(lambda model, at: _build_worker(model, at, limits, dtype, buckets), models, contexts)

@@ -35,8 +35,8 @@ import torch
 
 from nmoe_backend import models, warmup
 from nmoe_backend.config import ServeConfig
-from nmoe_backend.runtime.step_buckets import Bucket
 from nmoe_backend.runtime.worker import Worker
+from nmoe_backend.step_buckets import Bucket
 from nmoe_backend.types import RankPlan, SamplingParams, SlotInit, StepPlan
 from perf import results
 from perf.device_trace import trace

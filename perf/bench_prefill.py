@@ -27,10 +27,9 @@ from typing import Any
 import torch
 
 from nmoe_backend.config import ServeConfig
-from nmoe_backend.layers.batch import KEY_BLOCK
-from nmoe_backend.runtime.step_buckets import Bucket
 from nmoe_backend.runtime.worker import Worker
-from nmoe_backend.types import PendingOutput, RankPlan, SamplingParams, SlotInit, StepPlan
+from nmoe_backend.step_buckets import Bucket
+from nmoe_backend.types import KEY_BLOCK, PendingOutput, RankPlan, SamplingParams, SlotInit, StepPlan
 from perf import results
 from perf.bench_lmsys_decode import CONFIG, breakdown, built, measure, rates
 from perf.device_trace import trace

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nmoe_backend.layers.batch import KEY_BLOCK, Batch, PrefillRow
+from nmoe_backend.layers.batch import Batch, PrefillRow
 from nmoe_backend.layers.plain_ops import PlainMLAPlan, PlainOps
 from nmoe_backend.layers.rows import Rows
 from nmoe_backend.layers.table import build_table
+from nmoe_backend.types import KEY_BLOCK
 
 
 def without_padding(batch: Batch, page_size: int) -> Batch:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-KEY_BLOCK = 128  # prefill's keys are counted in whole blocks, each row's for itself
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillRow:

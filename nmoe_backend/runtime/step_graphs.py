@@ -27,8 +27,8 @@ from nmoe_backend.model import DecoderModel
 from nmoe_backend.parallel.ranks import RankContext
 from nmoe_backend.runtime.batch import Forward, SlotState
 from nmoe_backend.runtime.graphs import capture
-from nmoe_backend.runtime.step_buckets import Bucket, choose_bucket, step_buckets
 from nmoe_backend.runtime.step_columns import StepColumns
+from nmoe_backend.step_buckets import Bucket, choose_bucket, step_buckets
 from nmoe_backend.types import EngineLimits, RankPlan, StepPlan
 
 

@@ -22,8 +22,8 @@ from nmoe_backend.runtime.eager_steps import EagerSteps
 from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.runtime.output import LogprobColumns, SampledTokens, StepOutput, StepResult
 from nmoe_backend.runtime.sampler import Sampler
-from nmoe_backend.runtime.step_buckets import Bucket, max_keys
 from nmoe_backend.runtime.step_graphs import StepGraphs
+from nmoe_backend.step_buckets import Bucket, max_keys
 from nmoe_backend.types import (
     EngineLimits,
     PendingOutput,

@@ -26,9 +26,9 @@ from nmoe_backend.parallel.ranks import RankContext, RankGroup
 from nmoe_backend.parallel.rdep import Rdep
 from nmoe_backend.runtime.kv_cache import KVCache
 from nmoe_backend.runtime.output import LogprobColumns, SampledTokens
-from nmoe_backend.runtime.step_buckets import Bucket
 from nmoe_backend.runtime.weights import load_rank_weights
 from nmoe_backend.runtime.worker import Worker
+from nmoe_backend.step_buckets import Bucket
 from nmoe_backend.types import (
     EngineLimits,
     RankOutput,

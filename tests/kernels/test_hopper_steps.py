@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nmoe_backend.layers import context as layer_context
-from nmoe_backend.runtime.step_buckets import Bucket
+from nmoe_backend.step_buckets import Bucket
 from scripts.make_tiny_checkpoint import PRESETS, make_checkpoint
 from tests.gates.replica import Driver, Generated, Replica, limits_for
 from tests.lockstep import Lockstep, beyond_bounds

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nmoe_backend.layers import context as layer_context
-from nmoe_backend.runtime.step_buckets import Bucket, max_keys
+from nmoe_backend.step_buckets import Bucket, max_keys
 from nmoe_backend.types import RankPlan, SamplingParams, SlotInit
 from scripts.make_tiny_checkpoint import PRESETS, make_checkpoint
 from tests.gates.replica import Replica, limits_for

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nmoe_backend.runtime.step_buckets import step_buckets
+from nmoe_backend.step_buckets import step_buckets
 from tests.gates.replica import Driver, Generated, Replica, limits_for
 from tests.kernels.test_hopper_steps import make_model
 

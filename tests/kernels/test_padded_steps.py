@@ -12,7 +12,7 @@ import pytest
 from nmoe_backend import warmup
 from nmoe_backend.layers import context as layer_context
 from nmoe_backend.models import load_spec
-from nmoe_backend.runtime.step_buckets import Bucket, choose_bucket, decode_buckets, max_keys, step_buckets
+from nmoe_backend.step_buckets import Bucket, choose_bucket, decode_buckets, max_keys, step_buckets
 from nmoe_backend.types import RankPlan, SamplingParams, SlotInit, StepPlan
 from tests.gates.replica import Driver, Replica, limits_for
 from tests.generation import serve_config

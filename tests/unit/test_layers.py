@@ -18,7 +18,7 @@ LINES: dict[int, tuple[tuple[str, ...], set[int]]] = {
     1: (
         (
             *("config", "openai_config", "supervisor_config", "generation", "toml_table", "memory"),
-            *("safetensors_header", "findings", "preflight"),
+            *("safetensors_header", "findings", "preflight", "step_buckets"),
         ),
         {0, 1},
     ),

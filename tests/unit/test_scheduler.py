@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 
 from nmoe_backend.scheduler import Scheduler
+from nmoe_backend.step_buckets import choose_bucket, step_buckets
 from nmoe_backend.types import EngineLimits, ErrorKind, RankError, RankOutput, RankPlan, RequestError, StepPlan
 from tests.fakes import CollectingSink, PlanChecker, expected_tokens, make_limits, make_request
 
@@ -325,6 +326,49 @@ def test_steps_stay_under_the_target_while_somebody_decodes() -> None:
     assert max(steps.times_s[before:]) <= 0.020 * 1.10, "while it learns, predictions are a little off"
     assert max(steps.times_s[before + 20 :]) <= 0.020 * 1.01
     assert max(chunks) >= 100, "the room is used"
+
+
+class PaddedSteps(Steps):
+    """A step takes what its bucket computes: 5 ms, 3 ms more with prefill, 0.02 ms a token, padding included."""
+
+    def seconds(self, plan: StepPlan) -> float:
+        bucket = choose_bucket(step_buckets(self.limits), plan)
+        return 0.005 + 2e-5 * bucket.size + (0.003 if bucket.tokens else 0.0)
+
+
+def test_padded_steps_stay_under_the_target_too() -> None:
+    """64 decode rows beside prefill leave 45 - 8 - 1.3 ms: 1,024 tokens, and not the 2,048 that 1,785 would take."""
+    limits = make_limits(
+        num_ranks=2, num_pages=4096, max_seq_len=4096, max_batch_size=64, max_prefill_tokens=4096, min_chunk=128,
+        pads_steps=True, itl_target_ms=45.0,
+    )  # fmt: skip
+    steps = PaddedSteps(limits)
+    for request_id in range(1, 5):
+        steps.add(request_id, 4, max_tokens=600)
+    for index in range(400):
+        if index % 25 == 0:
+            steps.add(100 + index, (300, 4000, 1100)[index // 25 % 3], max_tokens=3)
+        steps.step()
+    assert max(steps.times_s[1:]) <= 0.045 * 1.001
+    assert max(steps.times_s[200:]) >= 0.045 * 0.6, "the room is used"
+
+
+def test_a_hopeless_target_leaves_a_prompt_what_its_bucket_computes_anyway() -> None:
+    """Behind 8,192 keys the smallest bucket is 512 tokens: all are taken as soon as so many were ever measured."""
+    limits = make_limits(
+        num_ranks=1, num_pages=4096, max_seq_len=16384, max_batch_size=4, max_prefill_tokens=1024, min_chunk=128,
+        pads_steps=True, itl_target_ms=0.001,
+    )  # fmt: skip
+    steps = PaddedSteps(limits)
+    steps.add(1, 4, max_tokens=1000)
+    for _ in range(5):
+        steps.step()
+    prompt = steps.add(2, 10000, max_tokens=2)
+    chunks = []
+    while not prompt.is_done:
+        chunks += [len(share.token_ids) for share in (steps.step() or StepPlan(step_id=0, ranks=())).ranks]
+    assert chunks[:64] == [128] * 64
+    assert chunks[64:70] == [256, 256, 512, 512, 272, 0]
 
 
 def test_an_untrained_model_grows_its_chunks_step_by_step() -> None:

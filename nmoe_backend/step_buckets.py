@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nmoe_backend.layers.batch import KEY_BLOCK
-from nmoe_backend.types import EngineLimits, RankPlan, StepPlan
+from nmoe_backend.types import KEY_BLOCK, EngineLimits, RankPlan, StepPlan
 
 FEWEST_TOKENS = 128  # of a prefill step, computed whether they are there or not
 _USUAL_KEYS = 8192  # or twice the tokens, where that is more
@@ -52,7 +51,7 @@ def decode_buckets(max_batch_size: int) -> tuple[Bucket, ...]:
 
 
 def step_buckets(limits: EngineLimits) -> tuple[Bucket, ...]:
-    """All that an engine needs: the last one holds every step."""
+    """All that an engine needs, in ascending order: the last one holds every step."""
     most_rows, most_tokens, most_keys = limits.max_batch_size, limits.max_prefill_tokens, max_keys(limits)
     sizes = [*_powers(FEWEST_TOKENS, most_tokens, 2), most_tokens]
     usual = {tokens: min(most_keys, max(_USUAL_KEYS, 2 * tokens)) for tokens in sizes}
@@ -72,21 +71,28 @@ def max_keys(limits: EngineLimits) -> int:
     return min(limits.max_batch_size * longest, -(-in_pages // KEY_BLOCK) * KEY_BLOCK)
 
 
+def cheapest(buckets: Sequence[Bucket], needed: Bucket) -> Bucket:
+    """The first of `buckets`, in ascending order, that holds so much. Where nobody prefills, one without prefill."""
+    for bucket in buckets:
+        if bucket.holds(needed) and bool(bucket.tokens) == bool(needed.tokens):
+            return bucket
+    raise AssertionError(f"a step of {needed}; none of those prepared holds it: {[str(b) for b in buckets]}")
+
+
 def choose_bucket(buckets: Sequence[Bucket], step: StepPlan) -> Bucket:
     """The cheapest one that holds every rank's share: the same on all ranks."""
     sizes = [_size_of(plan) for plan in step.ranks]
-    needed = Bucket(*(max(size[column] for size in sizes) for column in range(3)))
-    fitting = [bucket for bucket in buckets if bucket.holds(needed) and bool(bucket.tokens) == bool(needed.tokens)]
-    if not fitting:
-        raise AssertionError(f"a step of {needed}; none of those prepared holds it: {[str(b) for b in buckets]}")
-    return min(fitting)
+    return cheapest(buckets, Bucket(*(max(size[column] for size in sizes) for column in range(3))))
+
+
+def keys_of(start: int, length: int) -> int:
+    """What a chunk that begins at position `start` attends to, as it counts for a bucket."""
+    return -(-(start + length) // KEY_BLOCK) * KEY_BLOCK
 
 
 def _size_of(plan: RankPlan) -> tuple[int, int, int]:
     """Prefill tokens, keys, decode rows."""
-    keys = 0
-    for row in range(plan.num_decode, len(plan.slots)):
-        keys += -(-(plan.starts[row] + plan.lengths[row]) // KEY_BLOCK) * KEY_BLOCK
+    keys = sum(keys_of(plan.starts[row], plan.lengths[row]) for row in range(plan.num_decode, len(plan.slots)))
     return len(plan.token_ids), keys, plan.num_decode
 
 
