@@ -374,7 +374,7 @@ def _sample(operation: str, rows: int) -> Case:
         num_ranks=1, num_pages=1, page_size=PAGE, max_batch_size=rows, max_prefill_tokens=1, max_seq_len=4096,
         max_queue_size=1, itl_target_ms=1.0, rank_timeout_s=1.0, eos_token_ids=(), vocab_size=VOCAB,
     )  # fmt: skip
-    sampler = KernelSampler(limits, RankGroup.create(1, [f"{DEVICE}:0"], 60.0)[0], captures=False)
+    sampler = KernelSampler(limits, RankGroup.create(1, [DEVICE], 60.0)[0], captures=False)
     sampling = SAMPLING[operation]
     for slot in range(rows):
         sampler.admit(SlotInit(slot=slot, sampling=replace(sampling, seed=slot), prompt_ids=(1, 2, 3)))
