@@ -4,7 +4,7 @@ Each runs in a process of its own, so that it finds an empty GPU, and leaves DIR
 the goals beside the baseline of this kind of GPU (perf/baselines/), DIR/goals.json, and PNGs of the batch sweep and of
 latency over throughput. Exit code 1 where a benchmark failed or a figure is more than --percent worse than the
 baseline; what this machine has too few GPUs for is named and not run. --collect runs nothing and does the rest for
-documents that lie in DIR already. --save keeps the goals' lines, and the kernels' in a file beside them.
+documents that lie in DIR already. --save keeps the goals' lines, and in files beside them the kernels' and all entries.
 """
 
 from __future__ import annotations
@@ -148,6 +148,12 @@ def draw(documents: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]
     return drawn
 
 
+def without_kernels(made: Mapping[str, Any]) -> dict[str, Any]:
+    """What stays of a document beside its goals: everything that it measured but the table of single kernels."""
+    kept = [{key: value for key, value in one.items() if key != "kernels_us"} for one in made["results"]]
+    return {"commit": made["commit"], "gpu": made["gpu"], "machine": made["machine"], "results": kept}
+
+
 def conclude(ran: Sequence[Benchmark], folder: Path, args: argparse.Namespace) -> list[str]:
     """Table, goals.json, PNGs; what is worse than the baseline."""
     documents = read_documents(ran, folder)
@@ -167,6 +173,8 @@ def conclude(ran: Sequence[Benchmark], folder: Path, args: argparse.Namespace) -
         if path is None:
             raise SystemExit("no GPU is named in the documents: say with --baseline FILE where --save shall write")
         results.save_lines(path, goals)
+        entries = {name: without_kernels(made) for name, made in documents.items() if name != "kernels"}
+        results.save_lines(path.with_stem(f"{path.stem}_entries"), entries)
         if "kernels" in documents:
             made = documents["kernels"]
             results.save_lines(

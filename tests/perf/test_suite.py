@@ -20,7 +20,9 @@ arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 print("measuring", arguments["--commit"])
 value = float(arguments["--value"])
 line = {"value": value, "raw": value, "unit": "ms", "goal": "<= 9", "commit": arguments["--commit"], "method": "fake"}
-document = {"name": "fake", "gpu": {"name": "NVIDIA H200"}, "results": [], "goals": {"G1": line}}
+entry = {"part": "x", "step_ms": value, "kernels_us": {"k": 1}}
+document = {"name": "fake", "gpu": {"name": "NVIDIA H200"}, "results": [entry], "goals": {"G1": line}}
+document |= {"commit": arguments["--commit"], "machine": "a machine"}
 if value < 0:
     raise SystemExit("it broke")
 open(arguments["--output"], "w").write(json.dumps(document))
@@ -85,6 +87,8 @@ def test_save_keeps_the_other_lines(run: Any, tmp_path: Path) -> None:
     assert run(1.0, "--save") == 0
     saved = json.loads((tmp_path / "h200.json").read_text())
     assert saved["G1"]["value"] == 1.0 and saved["other"]["value"] == 2.0
+    entries = json.loads((tmp_path / "h200_entries.json").read_text())
+    assert entries["fake"]["results"] == [{"part": "x", "step_ms": 1.0}] and entries["fake"]["commit"] == "abc"
 
 
 def test_collect_looks_at_what_is_there(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
