@@ -16,42 +16,29 @@ load     Poisson arrivals at each of --rates requests/s for --seconds, --load-pr
          to the first token and gaps between chunks, p50, p95 and p99.
 startup  P6: from the launch of tritonserver to the first token of the first answer, kernels compiled before. The
          server's session always measures it.
-cold     the engine's start with an empty kernel cache, and again with the one that it left.
-capture  all graphs of a model with DeepSeek's layers, captured by one rank thread and by eight at once.
 memory   GB of the GPU when the engine has answered (device), of it held by torch, and the doctor's sum (budget).
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nmoe_backend.config import ServeConfig
-from perf import open_loop, results, startup
+from perf import open_loop, results
+from perf.bench_startup import in_process, stages
 from perf.bench_streaming import Arrivals
-from perf.model_folder import write_model_folder
+from perf.model_folder import with_model
 from tests.triton_server import TritonServer
 
-CONFIG = Path(__file__).parent / "lmsys_decode.toml"
-MODEL_LINE = 'model_path = "deepseek_v3"'  # of CONFIG
 PATHS = ("engine", "server")
-PARTS = ("decode", "load", "startup", "cold", "capture")
-ResultT = TypeVar("ResultT")
+PARTS = ("decode", "load", "startup")
 Run = Callable[[Sequence[open_loop.Planned]], list[Arrivals]]
-
-
-def in_process(work: Callable[..., ResultT], *args: Any) -> ResultT:
-    """Called in a fresh process, which takes its GPU memory with it."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(work, *args).result()
 
 
 def run_loads(path: str, run: Run, args: argparse.Namespace, vocab_size: int) -> list[dict[str, Any]]:
@@ -111,7 +98,7 @@ def server_session(config_path: Path, args: argparse.Namespace) -> list[dict[str
             "path": "server",
             "first_token_s": round(time.monotonic() - began, 2),
             "ready_s": round(ready_s, 2),
-            "stages_s": startup.stages(server.lines),
+            "stages_s": stages(server.lines),
         }
         print(line_of(start), flush=True)
         run = lambda load: open_loop.run_server(server.grpc, load, args.clients)  # noqa: E731
@@ -131,42 +118,6 @@ def line_of(one: dict[str, Any]) -> str:
             text += ", first token " + " / ".join(f"{one['ttft_ms'][name]:.0f}" for name in ("p50", "p95", "p99"))
         return text
     return f"{head} " + ", ".join(f"{key} {value}" for key, value in one.items() if key not in ("part", "path"))
-
-
-def start_parts(config_path: Path, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """cold and capture, as asked for."""
-    entries: list[dict[str, Any]] = []
-
-    def add(part: str, found: dict[str, Any]) -> None:
-        entries.append({"part": part} | found)
-        print(line_of(entries[-1]), flush=True)
-
-    if "cold" in args.parts:
-        cache = folder / "kernel_cache"
-        for kernels in ("cold", "warm"):
-            add("cold", {"kernels": kernels} | in_process(startup.start_engine, config_path, cache))
-    if "capture" in args.parts:
-        narrow = startup.write_narrow_model(folder / "narrow", ServeConfig.from_toml(config_path).model_path)
-        for name, table in {"1": "gpus = [0]\nloopback_ranks = 8", "8": "gpus = [0, 0, 0, 0, 0, 0, 0, 0]"}.items():
-            toml = folder / f"capture-{name}.toml"
-            toml.write_text(CAPTURE_TOML.format(model=narrow, replica=table))
-            add("capture", in_process(startup.capture, toml))
-    return entries
-
-
-CAPTURE_TOML = """
-model_path = "{model}"
-device = "cuda"
-load_format = "dummy"
-max_batch_size = 256
-max_prefill_tokens = 256
-num_pages = 512
-max_seq_len = 2112
-rank_timeout_s = 120.0
-[[replicas]]
-replica_id = 0
-{replica}
-"""
 
 
 def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -203,7 +154,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["decode", "load"])
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="of decode and load")
     parser.add_argument(
-        "--config", type=Path, default=CONFIG, help="TOML; default: %(default)s with a model folder made"
+        "--config", type=Path, default=results.P1_CONFIG, help="TOML; default: %(default)s with a model folder made"
     )
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=16)
@@ -228,18 +179,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.write(results.document("latency", args, method=__doc__ or "", results=entries, goals=goals), args)
 
     with tempfile.TemporaryDirectory(prefix="nmoe-bench-") as name:
-        config_path = args.config
-        if config_path == CONFIG:
-            config_path = Path(name) / CONFIG.name
-            model = write_model_folder(Path(name) / "model")
-            config_path.write_text(CONFIG.read_text().replace(MODEL_LINE, f'model_path = "{model}"'))
+        config_path = with_model(args.config, Path(name))
         if ServeConfig.from_toml(config_path).device == "cuda":
             results.require_gpu()
         if "engine" in args.paths and {"decode", "load"} & set(args.parts):
             add(in_process(engine_session, config_path, args))
         if "server" in args.paths and {"decode", "load", "startup"} & set(args.parts):
             add(server_session(config_path, args))
-        add(start_parts(config_path, args, Path(name)))
     print({name: line["value"] for name, line in goal_lines(entries, args).items()})
     return 0
 

@@ -28,7 +28,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +42,6 @@ from perf.device_trace import trace
 from perf.nvlink import nvlink_correction
 from perf.step_clock import clocked_workers
 
-CONFIG = Path(__file__).parent / "lmsys_decode.toml"
 LONG_CONTEXTS = {"max_batch_size": 64, "max_prefill_tokens": 256, "max_seq_len": 131200, "num_pages": 8256}
 GOALS = {  # part and rows -> name, goal, GPUs that the line counts
     ("goals", 256): ("P1", 4500.0, 1),
@@ -259,7 +257,7 @@ def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 found = measure(worker, config, rows, context, args, in_detail=part in IN_DETAIL)
                 yield {"part": part} | found | {"memory_gb": results.memory_gb(config)}
 
-    short, wanted = ServeConfig.from_toml(CONFIG), [part for part in PARTS if part in args.parts]
+    short, wanted = ServeConfig.from_toml(results.P1_CONFIG), [part for part in PARTS if part in args.parts]
     at_context = [(rows, args.context) for rows in args.rows]
     sweep = [(rows, args.context) for rows in BATCH_ROWS]
     one_worker = [part for part in wanted if part in ("goals", "batch", "skew")]
@@ -268,11 +266,11 @@ def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for part in one_worker:
                 yield from entries(part, short, worker, sweep if part == "batch" else at_context)
     if "deterministic" in wanted:
-        config = ServeConfig.from_toml(CONFIG, {"deterministic": True})
+        config = ServeConfig.from_toml(results.P1_CONFIG, {"deterministic": True})
         with built(config, decode_steps(args.rows)) as worker:
             yield from entries("deterministic", config, worker, at_context)
     if "context" in wanted:
-        long = ServeConfig.from_toml(CONFIG, LONG_CONTEXTS)
+        long = ServeConfig.from_toml(results.P1_CONFIG, LONG_CONTEXTS)
         shapes = [(rows_at(context, long), context) for context in CONTEXTS]
         with built(long, decode_steps({rows for rows, _ in shapes})) as worker:
             yield from entries("context", long, worker, shapes)

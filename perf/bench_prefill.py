@@ -7,7 +7,7 @@ room for 131,072 tokens of one sequence. A step is one graph replay from static 
 launched while the one before runs.
 
 parts      goals: prompts of --prompt tokens, one behind the other, fill steps of exactly --tokens tokens, as the
-           scheduler fills them: a prompt that does not fit goes on in the next step (of 8,000 tokens are four whole
+           scheduler fills them: a prompt that does not fit goes on in the next step (of 6,000 tokens are three whole
            ones). decode: 64 rows at 2,000, for P7. long: one sequence of 131,072 tokens, chunk by chunk, each timed by
            itself (--chunks: only these).
 raw        prefill tokens / wall time of a step.
@@ -31,7 +31,7 @@ from nmoe_backend.runtime.worker import Worker
 from nmoe_backend.step_buckets import Bucket
 from nmoe_backend.types import KEY_BLOCK, PendingOutput, RankPlan, SamplingParams, SlotInit, StepPlan
 from perf import results
-from perf.bench_lmsys_decode import CONFIG, breakdown, built, measure, rates
+from perf.bench_lmsys_decode import breakdown, built, measure, rates
 from perf.device_trace import trace
 from perf.step_clock import clocked_workers
 
@@ -134,7 +134,7 @@ def long_entry(worker: Worker, config: ServeConfig, chunks: Sequence[int]) -> di
 
 def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Entries as they are measured."""
-    config = ServeConfig.from_toml(CONFIG)
+    config = ServeConfig.from_toml(results.P1_CONFIG)
     buckets = [Bucket(tokens, max(8192, 2 * tokens), 0) for tokens in args.tokens] if "goals" in args.parts else []
     if "decode" in args.parts:
         buckets.append(Bucket(0, 0, DECODE_ROWS))
@@ -147,7 +147,7 @@ def run_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 found = measure(worker, config, DECODE_ROWS, DECODE_CONTEXT, args, in_detail=True)
                 yield {"part": "decode"} | found | {"memory_gb": results.memory_gb(config)}
     if "long" in args.parts:
-        config = ServeConfig.from_toml(CONFIG, LONG_ROOM)
+        config = ServeConfig.from_toml(results.P1_CONFIG, LONG_ROOM)
         keys = LONG + config.max_batch_size * KEY_BLOCK
         with built(config, [Bucket(LONG_CHUNK, keys, config.max_batch_size)]) as worker:
             yield {"part": "long"} | long_entry(worker, config, args.chunks) | {"memory_gb": results.memory_gb(config)}
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints each entry and writes the document as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["goals", "decode"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8000])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 6000])
     parser.add_argument("--prompt", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--chunks", type=int, nargs="+", default=list(range(LONG // LONG_CHUNK)))

@@ -18,7 +18,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from perf.results import P1_CONFIG
+
 CONFIG = Path(__file__).parent / "deepseek_v3" / "config.json"
+P1_MODEL = 'model_path = "deepseek_v3"'  # P1_CONFIG's line: a folder without a tokenizer
 SPECIAL_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
 SPACE = "Ġ"  # its letter in the byte-level alphabet; it only begins words
 
@@ -52,6 +55,15 @@ def write_model_folder(folder: Path) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     shutil.copyfile(CONFIG, folder / "config.json")  # last: a folder without it is incomplete
     return folder
+
+
+def with_model(config_path: Path, folder: Path) -> Path:
+    """P1's TOML over a model folder made below `folder`; any other TOML as it is."""
+    if config_path != P1_CONFIG:
+        return config_path
+    path, model = folder / config_path.name, write_model_folder(folder / "model")
+    path.write_text(config_path.read_text().replace(P1_MODEL, f'model_path = "{model}"'))
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:

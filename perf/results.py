@@ -21,6 +21,7 @@ from nmoe_backend.config import ServeConfig
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = ROOT / "perf" / "baselines"
 H200_BASELINE = BASELINES / "h200.json"
+P1_CONFIG = ROOT / "perf" / "lmsys_decode.toml"  # of P1 to P4
 
 
 def machine() -> str:

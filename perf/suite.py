@@ -66,9 +66,8 @@ SUITES: Mapping[str, tuple[Benchmark, ...]] = {
             goals=DECODE_GOALS,
         ),
         Benchmark(name="prefill", arguments=("--parts", "goals", "decode", "long"), goals=("P3", "P7")),
-        Benchmark(
-            name="latency", arguments=("--parts", "decode", "load", "cold", "capture"), goals=("P4", "P6", "P7_engine")
-        ),
+        Benchmark(name="latency", goals=("P4", "P6", "P7_engine")),
+        Benchmark(name="startup", goals=("start_cold", "capture_eight_ranks")),
         Benchmark(name="load", goals=("load_one_rank", "load_eight_ranks")),
         Benchmark(
             name="streaming",

@@ -13,7 +13,7 @@ import pytest
 
 from nmoe_backend.config import ServeConfig
 from nmoe_backend.types import RequestError
-from perf import bench_latency, open_loop, startup, step_clock
+from perf import bench_latency, bench_startup, open_loop, step_clock
 from perf.bench_streaming import Arrivals
 
 
@@ -103,7 +103,7 @@ def test_stages_are_read_from_the_progress_lines() -> None:
         "other",
         "x: 1.0 s\n",
     ]
-    assert startup.stages(lines) == {"weights on 8 ranks": 12.5, "x": 1.0}
+    assert bench_startup.stages(lines) == {"weights on 8 ranks": 12.5, "x": 1.0}
 
 
 def decode(path: str, rate: float, p50: float) -> dict[str, Any]:
@@ -142,14 +142,19 @@ def test_the_engines_session_and_the_servers_make_one_document(tmp_path: Path, m
     assert len(made["results"]) == 3
 
 
-def test_the_default_toml_gets_the_model_folder_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_are_measured_with_the_model_folder_that_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     seen: list[ServeConfig] = []
-    monkeypatch.setattr(bench_latency, "in_process", lambda work, *args: work(*args))
-    load = lambda path, *_: seen.append(ServeConfig.from_toml(path)) or {}  # noqa: E731
-    monkeypatch.setattr(bench_latency.startup, "start_engine", load)
-    monkeypatch.setattr(bench_latency.startup, "capture", load)
-    monkeypatch.setattr(bench_latency.results, "require_gpu", lambda count=1: None)
-    assert bench_latency.main(["--commit", "abc", "--parts", "cold", "capture"]) == 0
+    found = {"total_s": 90.5, "ranks": 8, "layers": 61, "stages_s": {"steps": 30.5}}
+    monkeypatch.setattr(bench_startup, "in_process", lambda work, *args: work(*args))
+    load = lambda path, *_: seen.append(ServeConfig.from_toml(path)) or found  # noqa: E731
+    monkeypatch.setattr(bench_startup, "start_engine", load)
+    monkeypatch.setattr(bench_startup, "capture", load)
+    monkeypatch.setattr(bench_startup.results, "require_gpu", lambda count=1: None)
+    assert bench_startup.main(["--commit", "abc", "--output", str(tmp_path / "startup.json")]) == 0
+    goals = json.loads((tmp_path / "startup.json").read_text())["goals"]
+    assert {name: line["value"] for name, line in goals.items()} == {"start_cold": 90.5, "capture_eight_ranks": 30.5}
     cold, warm, one, eight = seen
     assert cold.model_path == warm.model_path and cold.load_format == "dummy" and cold.vocab_size == 129280
     assert (cold.max_batch_size, cold.num_pages) == (256, 8448)
