@@ -9,8 +9,10 @@ stands for, and its results come back into the slots of those ranks. A barrier r
 node of eight a GPU's links end in a switch, so seven peers share the bandwidth that one has here; what waiting for the
 slowest of eight costs is not in these figures.
 
-Loopback is the same with the GPU as its own peer: what the decode and prefill benchmarks run. The difference of a
-layer, `correction`, is what perf/nvlink.py adds to their steps for each MoE layer.
+Loopback is the same with the GPU as its own peer: what the decode and prefill benchmarks run. In a step the shared
+expert's GEMMs run while rows travel (layers/hopper_exchange.py); `moe` is a layer with them, launched as there. What it
+takes longer between two GPUs than in loopback is the correction that perf/nvlink.py adds to their steps for each MoE
+layer.
 
 Routing: `random` logits through the router (3.97 ranks a token: what random weights give, and so the other
 benchmarks); `spread`: eight of the 128 experts of four groups, any with the same chance (3.6). Rows are fp8 with 56
@@ -38,6 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm
 from nmoe_backend.kernels.rdep_gpu import (
     RdepLayout,
     RdepPeers,
@@ -47,12 +50,15 @@ from nmoe_backend.kernels.rdep_gpu import (
     rdep_give_back,
 )
 from nmoe_backend.kernels.router import router_reference
+from nmoe_backend.kernels.swiglu_rows_gpu import swiglu_rows
+from nmoe_backend.layers.hopper_ops import SPARE_SMS
 from nmoe_backend.parallel.ranks import RankContext, RankGroup
 from nmoe_backend.runtime.graphs import capture
 from perf import results
 
 TOKENS = (1, 32, 256, 1024, 4096, 8192)
 WORLD, HIDDEN, TOP_K, LOCAL, GROUPS, TOPK_GROUPS = 8, 7168, 8, 32, 8, 4
+SHARED_SIZE, BLOCK = 2048, 128
 BUDGET_S = 0.15  # of replays of one graph
 FEWEST_CALLS, LONG_US = 10, 500.0
 MAX_SPINS = 40_000_000  # ten seconds
@@ -73,6 +79,33 @@ def choose(routing: str, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     return ids.to(torch.int32), weights
 
 
+class SharedExpert:
+    """Its two GEMMs, each of which leaves SMs to the next kernel and lets it start, and what lies between them."""
+
+    def __init__(self, device: torch.device, tokens: int) -> None:
+        def fp8(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+            values = torch.randn(rows, columns, device=device).to(torch.float8_e4m3fn)
+            return values, torch.rand(rows // BLOCK, columns // BLOCK, device=device)
+
+        self._w13, self._w2 = fp8(2 * SHARED_SIZE, HIDDEN), fp8(HIDDEN, SHARED_SIZE)
+        self._x = torch.randn(tokens, HIDDEN, device=device).to(torch.float8_e4m3fn), self._scales(HIDDEN, tokens)
+        self._h = torch.empty(tokens, SHARED_SIZE, dtype=torch.float8_e4m3fn, device=device)
+        self._h_scales = self._scales(SHARED_SIZE, tokens)
+        self._gate_up = torch.empty(tokens, 2 * SHARED_SIZE, dtype=torch.bfloat16, device=device)
+        self.out = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device=device)
+        self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def _scales(self, size: int, tokens: int) -> Tensor:
+        return torch.rand(size // BLOCK, -(-tokens // 16) * 16, device=self._w13[0].device)[:, :tokens]
+
+    def up(self) -> None:
+        block_fp8_gemm(*self._x, *self._w13, self._gate_up, self._num_sms, SPARE_SMS)
+
+    def down(self) -> None:
+        swiglu_rows(self._gate_up, self._h, self._h_scales)
+        block_fp8_gemm(self._h, self._h_scales, *self._w2, self.out, self._num_sms, SPARE_SMS)
+
+
 class Transport:
     """One GPU's end: arena, inputs and the operations. Used by its thread, inside `activate`."""
 
@@ -91,7 +124,8 @@ class Transport:
         self.visits_away = int(sum(len(set(row) - {0}) for row in (ids // LOCAL).tolist()))
         x = torch.randn(tokens, HIDDEN, device=device)
         self._x, self._scales = x.to(torch.float8_e4m3fn), torch.rand(HIDDEN // 128, tokens, device=device).t()
-        self._shared, self.out = x.bfloat16(), torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device=device)
+        self.out = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device=device)
+        self.shared = SharedExpert(device, tokens)
         self._num_tokens = torch.tensor([tokens], dtype=torch.int32, device=device)
         context.publish("bench", self)
 
@@ -119,14 +153,14 @@ class Transport:
         self._row_idx = index.view(self._received["ids"].shape)
         self._rows = torch.randn(count, HIDDEN, dtype=torch.bfloat16, device=ids.device)
 
-    def dispatch(self) -> None:
-        rdep_dispatch(self._peers, self._x, self._scales, self._ids, self._weights, self._num_tokens)
+    def dispatch(self, *, beside: bool = False) -> None:
+        rdep_dispatch(self._peers, self._x, self._scales, self._ids, self._weights, self._num_tokens, beside=beside)
 
-    def give_back(self) -> None:
-        rdep_give_back(self._peers, self._rows, self._row_idx, self.tokens)
+    def give_back(self, *, beside: bool = False) -> None:
+        rdep_give_back(self._peers, self._rows, self._row_idx, self.tokens, beside=beside)
 
     def combine(self) -> None:
-        rdep_combine(self._peers, self._ids, self._num_tokens, self._shared, self.out)
+        rdep_combine(self._peers, self._ids, self._num_tokens, self.shared.out, self.out)
 
     def barrier(self) -> None:
         rdep_barrier(self._peers, MAX_SPINS)
@@ -135,6 +169,15 @@ class Transport:
         self.dispatch()
         self.barrier()
         self.give_back()
+        self.barrier()
+        self.combine()
+
+    def moe(self) -> None:
+        self.shared.up()
+        self.dispatch(beside=True)
+        self.barrier()
+        self.shared.down()
+        self.give_back(beside=True)
         self.barrier()
         self.combine()
 
@@ -228,7 +271,9 @@ class Group:
 def measure(devices: Sequence[str], routing: str, tokens: int) -> dict[str, Any]:
     """Microseconds of each operation, and what it sends."""
     group = Group(devices, routing, tokens)
-    operations = [Transport.dispatch, Transport.give_back, Transport.combine, Transport.barrier, Transport.layer]
+    operations = [
+        Transport.dispatch, Transport.give_back, Transport.combine, Transport.barrier, Transport.layer, Transport.moe,
+    ]  # fmt: skip
     found: dict[str, Any] = {f"{op.__name__}_us": group.time_us(op) for op in operations}
     sent = group.ends[0].sent_bytes
     found["visits"] = group.ends[0].visits / tokens
@@ -251,7 +296,7 @@ def report(entry: dict[str, Any]) -> None:
     for place in ("two_gpus", "loopback"):
         found = entry[place]
         line = f"{entry['routing']:7s} {entry['tokens']:5d} {place:9s}"
-        for name in ("dispatch", "give_back", "combine", "barrier", "layer"):
+        for name in ("dispatch", "give_back", "combine", "barrier", "layer", "moe"):
             line += f" {found[f'{name}_us']:9.1f}"
         if place == "two_gpus":
             line += f" {found['dispatch_gb_s']:8.0f} {found['give_back_gb_s']:8.0f} {found['moved_gb_s']:8.0f}"
@@ -276,9 +321,12 @@ def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> d
     line |= {
         "barrier_us": round(goal["barrier_us"], 2),
         "share_of_copy": round(copied["moved_gb_s"] / copied["copy_gb_s"], 3),
-        "layer_us": {
-            str(tokens): {place: round(entry[place]["layer_us"], 1) for place in ("two_gpus", "loopback")}
-            for tokens, entry in sorted(random.items())
+        **{
+            name: {
+                str(tokens): {place: round(entry[place][name], 1) for place in ("two_gpus", "loopback")}
+                for tokens, entry in sorted(random.items())
+            }
+            for name in ("layer_us", "moe_us")
         },
     }
     return {"P5": line}
@@ -293,14 +341,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = results.parse(parser, argv)
     results.require_gpu(2)
     entries: list[dict[str, Any]] = []
-    names = ("dispatch", "give_back", "combine", "barrier", "layer us", "GB/s", "GB/s", "moved", "copy")
+    names = ("dispatch", "give_back", "combine", "barrier", "layer us", "moe us", "GB/s", "GB/s", "moved", "copy")
     print(f"{'':23s}" + "".join(f" {name:>9s}" for name in names))
     for tokens in args.tokens:
         for routing in args.routing:
             began_s = time.monotonic()
             two, one = (measure(devices, routing, tokens) for devices in (["cuda:0", "cuda:1"], ["cuda:0"]))
             entry = {"tokens": tokens, "routing": routing, "two_gpus": two, "loopback": one}
-            entry |= {"correction_us": two["layer_us"] - one["layer_us"], "took_s": time.monotonic() - began_s}
+            entry |= {"correction_us": two["moe_us"] - one["moe_us"], "took_s": time.monotonic() - began_s}
             entries.append(entry)
             report(entry)
             lines = goal_lines(entries, args)

@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 BLOCK = 128
 SHARED_BYTES = 227 * 1024 - 512  # of a program, less barriers and alignment
@@ -94,7 +94,7 @@ def _load_weights(p_desc, q_desc, p_buf, q_buf, bar, p, q, k, stage, pred,
 @gluon.jit
 def _load(p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles, scale_stride,
           BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, KU: gl.constexpr,
-          STAGES: gl.constexpr, GROUP: gl.constexpr):
+          STAGES: gl.constexpr, GROUP: gl.constexpr, LETS_NEXT_START: gl.constexpr):
     SUBS: gl.constexpr = BLOCK_P // 64
     G: gl.constexpr = 4 if KU == 4 else 1
     BYTES: gl.constexpr = G * ((BLOCK_P + BLOCK_Q) * 128 + s_buf.shape[1] * 4)
@@ -105,6 +105,8 @@ def _load(p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q
         mbarrier.expect(full.index(s), BYTES)
         _load_weights(p_desc, q_desc, p_buf, q_buf, full.index(s), p, q, s, s, True, BLOCK_P, BLOCK_Q, SWAP, G)
     gdc_wait()
+    if LETS_NEXT_START:
+        gdc_launch_dependents()
     stage = 0
     phase = 1
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -229,7 +231,7 @@ def _consume(out_desc, ws, p_buf, q_buf, s_buf, out_buf, full, empty, num_p, num
 def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, num_p, num_q, num_k, num_tiles, scale_stride, ws_stride,
                  ws_rows, ws_cols,
                  BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, KU: gl.constexpr,
-                 STAGES: gl.constexpr, GROUP: gl.constexpr):
+                 STAGES: gl.constexpr, GROUP: gl.constexpr, LETS_NEXT_START: gl.constexpr):
     SUBS: gl.constexpr = BLOCK_P // 64
     G: gl.constexpr = 4 if KU == 4 else 1
     p_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * G * SUBS, 64, 128], p_desc.layout)
@@ -249,7 +251,7 @@ def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, num_p, num_q, num_k, num_
                 (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(0), full, empty, num_p, num_q, num_k,
                             num_tiles, ws_stride, ws_rows, ws_cols, 0, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
                 (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles,
-                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
+                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP, LETS_NEXT_START)),
             ], [1], [24])
     elif SUBS == 2:
         gl.warp_specialize(
@@ -259,7 +261,7 @@ def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, num_p, num_q, num_k, num_
                 (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(1), full, empty, num_p, num_q, num_k,
                             num_tiles, ws_stride, ws_rows, ws_cols, 1, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
                 (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles,
-                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
+                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP, LETS_NEXT_START)),
             ], [4, 1], [232, 24])
     else:
         gl.warp_specialize(
@@ -271,7 +273,7 @@ def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, num_p, num_q, num_k, num_
                 (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(2), full, empty, num_p, num_q, num_k,
                             num_tiles, ws_stride, ws_rows, ws_cols, 2, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
                 (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles,
-                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
+                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP, LETS_NEXT_START)),
             ], [4, 4, 1], [160, 160, 24])
 # fmt: on
 
@@ -297,13 +299,17 @@ def gemm_plan(num_tokens: int, n: int, num_sms: int) -> GemmPlan:
     )  # fmt: skip
 
 
-def block_fp8_gemm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out: Tensor, num_sms: int) -> None:
-    """Writes out; shapes as in the module's docstring."""
+def block_fp8_gemm(
+    x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out: Tensor, num_sms: int, spare_sms: int = 0
+) -> None:
+    """Writes out; shapes as in the module's docstring. spare_sms > 0: as many of num_sms are left to the next kernel,
+    which may start as soon as the one ahead has ended."""
     num_tokens, k = x.shape
     n = w.shape[0]
     _check(x, x_scales, w, w_scales, out)
     if num_tokens == 0:
         return
+    num_sms -= spare_sms
     plan = gemm_plan(num_tokens, n, num_sms)
     p, q = (w, x) if plan.swap else (x, w)
     num_p, num_q = -(-p.shape[0] // plan.block_p), -(-q.shape[0] // plan.block_q)
@@ -319,7 +325,8 @@ def block_fp8_gemm(x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, out
         TensorDescriptor(out, out.shape, out.stride(), box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)),
         w_scales, num_p, num_q, -(-k // (BLOCK * plan.unroll)), num_tiles, stride, w_scales.stride(0),
         w_scales.shape[0], w_scales.shape[1], BLOCK_P=plan.block_p, BLOCK_Q=plan.block_q, SWAP=plan.swap,
-        KU=plan.unroll, STAGES=plan.stages, GROUP=plan.group, num_warps=4, launch_pdl=True,
+        KU=plan.unroll, STAGES=plan.stages, GROUP=plan.group, LETS_NEXT_START=spare_sms > 0, num_warps=4,
+        launch_pdl=True,
         maxnreg=128 if plan.block_p == 64 else None,  # half of the registers: room for the small kernel ahead
     )  # fmt: skip
 

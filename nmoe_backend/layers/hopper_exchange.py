@@ -9,17 +9,21 @@ whatever their skew.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from nmoe_backend.kernels.block_fp8 import Fp8Blocks
 from nmoe_backend.kernels.expert_gemm_sm90 import expert_down, expert_up
-from nmoe_backend.kernels.expert_rows_gpu import expert_row_index, expert_rows, gather_expert_rows, num_expert_rows
+from nmoe_backend.kernels.expert_rows_gpu import (
+    ExpertRows,
+    expert_row_index,
+    expert_rows,
+    gather_expert_rows,
+    num_expert_rows,
+)
 from nmoe_backend.kernels.rdep_gpu import RdepLayout
 from nmoe_backend.layers.batch import Batch
-from nmoe_backend.layers.layer_ops import ExpertWeights
+from nmoe_backend.layers.layer_ops import ExpertWeights, SharedExpert
 from nmoe_backend.layers.rows import Rows
 from nmoe_backend.models.spec import ModelSpec, MoESpec
 from nmoe_backend.parallel.ranks import RankContext
@@ -61,36 +65,41 @@ class HopperExchange:
         choice: tuple[Tensor, Tensor],
         experts: ExpertWeights,
         batch: Batch,
-        shared: Callable[[], Tensor] | None,
+        shared: SharedExpert | None,
     ) -> Tensor:
+        """Dispatch and give_back run beside the GEMM of the shared expert that is launched ahead of each."""
         values, scales = rows.require_fp8()
-        self.rdep.dispatch((values, scales.t()), choice, batch.num_real)
-        added = None if shared is None else shared()  # while the rows travel
+        gate_up = None if shared is None else shared.up(rows, beside_next=True)
+        self.rdep.dispatch((values, scales.t()), choice, batch.num_real, beside=shared is not None)
         self.rdep.barrier()
-        self._compute(experts, batch.num_tokens)
+        index, added = self._index_rows(experts, batch.num_tokens), None
+        for window in range(index.num_windows):
+            self._compute(experts, index, window, batch.num_tokens)
+            beside = False
+            if shared is not None and gate_up is not None and window == 0:  # which has all rows of a balanced step
+                added, beside = shared.down(gate_up, beside_next=True), True
+            self.rdep.give_back(self._y, index.row_idx, batch.num_tokens, index.slots_of(window), beside=beside)
         self.rdep.barrier()
         out = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
         self.rdep.combine(choice[0], batch.num_real, added, out)
         return out
 
-    def _compute(self, experts: ExpertWeights, step_tokens: int) -> None:
-        """This rank's experts over every row that wants one of them."""
-        w13, w2, num_sms, received = experts.w13, experts.w2, self._num_sms, self.rdep.received
-        assert isinstance(w13, Fp8Blocks) and isinstance(w2, Fp8Blocks), "table.py lets only fp8 weights through"
+    def _index_rows(self, experts: ExpertWeights, step_tokens: int) -> ExpertRows:
+        """Where every received row that wants one of this rank's experts goes, in the windows that a step may need."""
         layout = self.rdep.layout
         choices = layout.world_size * step_tokens * layout.top_k
         index = self._index.part(-(-choices // self._index.window_rows))
-        expert_row_index(index, received["ids"], experts.num_local, step_tokens)
-        for window in range(index.num_windows):
-            gather_expert_rows(
-                index, window, received["payload"], received["scales"], self._x, self._x_scales, step_tokens
-            )
-            tiles, num_tiles = index.tiles[window], index.num_tiles[window : window + 1]
-            expert_up(
-                self._x, self._x_scales, w13.values, w13.scales, tiles, num_tiles, self._h, self._h_scales, num_sms
-            )
-            expert_down(self._h, self._h_scales, w2.values, w2.scales, tiles, num_tiles, self._y, num_sms)
-            self.rdep.give_back(self._y, index.row_idx, step_tokens, index.slots_of(window))
+        expert_row_index(index, self.rdep.received["ids"], experts.num_local, step_tokens)
+        return index
+
+    def _compute(self, experts: ExpertWeights, index: ExpertRows, window: int, step_tokens: int) -> None:
+        """This rank's experts over the rows of a window, into self._y."""
+        w13, w2, num_sms, received = experts.w13, experts.w2, self._num_sms, self.rdep.received
+        assert isinstance(w13, Fp8Blocks) and isinstance(w2, Fp8Blocks), "table.py lets only fp8 weights through"
+        gather_expert_rows(index, window, received["payload"], received["scales"], self._x, self._x_scales, step_tokens)
+        tiles, num_tiles = index.tiles[window], index.num_tiles[window : window + 1]
+        expert_up(self._x, self._x_scales, w13.values, w13.scales, tiles, num_tiles, self._h, self._h_scales, num_sms)
+        expert_down(self._h, self._h_scales, w2.values, w2.scales, tiles, num_tiles, self._y, num_sms)
 
 
 def build_exchange(

@@ -41,6 +41,7 @@ PIECE_KEYS = 8192  # keys that prefill expands at once: 512 MB at 128 heads
 # Keys of a piece of a context in decode. Short pieces of many rows would send 268 MB of partial sums a layer through
 # memory; few rows leave SMs idle where a context is one piece, but what changes with the rows changes a row's bits.
 SPLIT, FEW_ROWS, FEW_ROWS_SPLIT = 4096, 64, 1024
+SPARE_SMS = 20  # left to what runs beside a linear: they fill NVLink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +98,11 @@ class HopperOps:
         values = torch.cat([part.values.view(torch.uint8) for part in blocks]).view(torch.float8_e4m3fn)
         return Fp8Blocks(values, torch.cat([part.scales for part in blocks]), blocks[0].block)
 
-    def linear(self, rows: Rows, weight: Fp8Blocks) -> Tensor:
+    def linear(self, rows: Rows, weight: Fp8Blocks, *, beside_next: bool = False) -> Tensor:
         values, scales = rows.require_fp8()
         out = torch.empty(values.shape[0], weight.values.shape[0], dtype=torch.bfloat16, device=values.device)
-        block_fp8_gemm(values, scales, weight.values, weight.scales, out, self._num_sms)
+        spare_sms = SPARE_SMS if beside_next else 0
+        block_fp8_gemm(values, scales, weight.values, weight.scales, out, self._num_sms, spare_sms)
         return out
 
     def swiglu(self, gate_up: Tensor) -> Rows:

@@ -9,7 +9,7 @@ addition, norm and quantisation are one pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,8 +76,9 @@ class LayerOps(Protocol):
     def pack_linear(self, parts: Sequence[LinearWeight]) -> Any:
         """Weights of several linears of one input, to be multiplied at once."""
 
-    def linear(self, rows: Rows, weight: Any) -> Tensor:
-        """[T, in] -> [T, sum of the parts' outs] in the compute dtype"""
+    def linear(self, rows: Rows, weight: Any, *, beside_next: bool = False) -> Tensor:
+        """[T, in] -> [T, sum of the parts' outs] in the compute dtype. beside_next: the operation behind it reads
+        nothing of the result and may run at the same time."""
 
     def swiglu(self, gate_up: Tensor) -> Rows:
         """[T, 2 I] -> silu(first half) * second half, for a linear"""
@@ -105,6 +106,16 @@ class LayerOps(Protocol):
         """[N, D], [V, D] -> [N, V] fp32, in `out` where it is given"""
 
 
+class SharedExpert(Protocol):
+    """What every token visits, in two halves, so that each can run beside something that travels."""
+
+    def up(self, rows: Rows, *, beside_next: bool = False) -> Tensor:
+        """[T, D] -> [T, 2 I]"""
+
+    def down(self, gate_up: Tensor, *, beside_next: bool = False) -> Tensor:
+        """[T, 2 I] -> [T, D]"""
+
+
 class Exchange(Protocol):
     """This rank's end of the expert exchange, with the experts that it serves."""
 
@@ -117,6 +128,6 @@ class Exchange(Protocol):
         """[E] int64 on the device: rows that each expert of this rank has computed since load, all layers together."""
 
     def forward(
-        self, rows: Rows, choice: tuple[Tensor, Tensor], experts: Any, batch: Batch, shared: Callable[[], Tensor] | None
+        self, rows: Rows, choice: tuple[Tensor, Tensor], experts: Any, batch: Batch, shared: SharedExpert | None
     ) -> Tensor:
-        """rows [T, D], choice (ids [T, K], weights [T, K]) -> [T, D] in the compute dtype, `shared()` [T, D] added."""
+        """rows [T, D], choice (ids [T, K], weights [T, K]) -> [T, D] in the compute dtype, the shared expert added."""

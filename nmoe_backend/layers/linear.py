@@ -15,6 +15,6 @@ class Linear:
         self._ops = ops
         self._weight = ops.pack_linear(parts)
 
-    def forward(self, rows: Rows) -> Tensor:
-        """[T, in] -> [T, sum of outs] in the compute dtype"""
-        return self._ops.linear(rows, self._weight)
+    def forward(self, rows: Rows, *, beside_next: bool = False) -> Tensor:
+        """[T, in] -> [T, sum of outs] in the compute dtype; beside_next: see LayerOps.linear."""
+        return self._ops.linear(rows, self._weight, beside_next=beside_next)

@@ -3,8 +3,6 @@ expert)."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -27,7 +25,15 @@ class SwiGLU:
 
     def forward(self, rows: Rows) -> Tensor:
         """[T, D] -> [T, D]"""
-        return self._w2.forward(self._ops.swiglu(self._w13.forward(rows)))
+        return self.down(self.up(rows))
+
+    def up(self, rows: Rows, *, beside_next: bool = False) -> Tensor:
+        """[T, D] -> gate and up [T, 2 I]; see SharedExpert."""
+        return self._w13.forward(rows, beside_next=beside_next)
+
+    def down(self, gate_up: Tensor, *, beside_next: bool = False) -> Tensor:
+        """[T, 2 I] -> [T, D]"""
+        return self._w2.forward(self._ops.swiglu(gate_up), beside_next=beside_next)
 
 
 class Router:
@@ -70,8 +76,7 @@ class MoE:
         """[T, D] -> [T, D]; routed and shared experts are added in fp32."""
         if batch.num_tokens == 0:  # no work of our own, but peers' tokens may want our experts
             return self._exchange.forward(rows, self._no_choice, self._experts, batch, None)
-        shared = None if self._shared is None else partial(self._shared.forward, rows)
-        return self._exchange.forward(rows, self._router.forward(rows), self._experts, batch, shared)
+        return self._exchange.forward(rows, self._router.forward(rows), self._experts, batch, self._shared)
 
 
 class Dense:

@@ -3,7 +3,7 @@ reference in kernels/."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nmoe_backend.kernels.block_fp8 import Fp8Blocks
 from nmoe_backend.layers.batch import Batch
-from nmoe_backend.layers.layer_ops import ExpertWeights, LinearWeight, MLAWeights, StepShape
+from nmoe_backend.layers.layer_ops import ExpertWeights, LinearWeight, MLAWeights, SharedExpert, StepShape
 from nmoe_backend.layers.ops import Ops
 from nmoe_backend.layers.rows import Form, Rows
 from nmoe_backend.models.spec import MLASpec, RouterSpec
@@ -62,7 +62,7 @@ class PlainOps:
     def pack_linear(self, parts: Sequence[LinearWeight]) -> tuple[LinearWeight, ...]:
         return tuple(parts)
 
-    def linear(self, rows: Rows, weight: tuple[LinearWeight, ...]) -> Tensor:
+    def linear(self, rows: Rows, weight: tuple[LinearWeight, ...], *, beside_next: bool = False) -> Tensor:
         outs = [self._linear(rows.require_wide(), part) for part in weight]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
@@ -151,10 +151,10 @@ class PlainExchange:
         choice: tuple[Tensor, Tensor],
         experts: PlainExperts,
         batch: Batch,
-        shared: Callable[[], Tensor] | None,
+        shared: SharedExpert | None,
     ) -> Tensor:
         x = rows.require_wide()
         out = self.rdep.forward(x, *choice, experts, batch.step_tokens)
         if shared is not None:
-            out += shared()
+            out += shared.down(shared.up(rows))
         return out.to(x.dtype)

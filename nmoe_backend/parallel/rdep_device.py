@@ -63,9 +63,12 @@ class DeviceRdep:
         """[1] int32, 0 unless a barrier gave up: 1 + the rank that it missed."""
         return self.received["error"]
 
-    def dispatch(self, rows: tuple[Tensor, Tensor], choice: tuple[Tensor, Tensor], num_real: Tensor) -> None:
-        """rows: values [T, D], scales [T, D / 128]; choice: ids [T, K] int32 global, weights [T, K]; num_real [1]."""
-        rdep_dispatch(self._peers(), *rows, *choice, num_real)
+    def dispatch(
+        self, rows: tuple[Tensor, Tensor], choice: tuple[Tensor, Tensor], num_real: Tensor, *, beside: bool = False
+    ) -> None:
+        """rows: values [T, D], scales [T, D / 128]; choice: ids [T, K] int32 global, weights [T, K]; num_real [1].
+        beside: it runs beside the kernel ahead, which lets it start."""
+        rdep_dispatch(self._peers(), *rows, *choice, num_real, beside=beside)
 
     def barrier(self) -> None:
         """What any rank wrote before it is visible to all ranks after it."""
@@ -74,9 +77,17 @@ class DeviceRdep:
         else:
             self._context.barrier()
 
-    def give_back(self, rows: Tensor, row_idx: Tensor, step_tokens: int, window_slots: Tensor | None = None) -> None:
-        """rows [X, D] of my experts, weighted and added per received token, to their sources."""
-        rdep_give_back(self._peers(), rows, row_idx, step_tokens, window_slots)
+    def give_back(
+        self,
+        rows: Tensor,
+        row_idx: Tensor,
+        step_tokens: int,
+        window_slots: Tensor | None = None,
+        *,
+        beside: bool = False,
+    ) -> None:
+        """rows [X, D] of my experts, weighted and added per received token, to their sources; `beside` as above."""
+        rdep_give_back(self._peers(), rows, row_idx, step_tokens, window_slots, beside=beside)
 
     def combine(self, topk_ids: Tensor, num_real: Tensor, shared: Tensor | None, out: Tensor) -> None:
         """out [T, D]: what came back, in rank order, and shared [T, D]."""
