@@ -14,7 +14,7 @@ from perf.nvlink import nvlink_correction
 def baseline(tmp_path: Path) -> Path:
     layers = {"32": (20.0, 10.0), "256": (70.0, 24.0), "4096": (900.0, 400.0), "1": (16.0, 9.0)}
     path = tmp_path / "h200.json"
-    line = {"layer_us": {size: {"two_gpus": two, "loopback": one} for size, (two, one) in layers.items()}}
+    line = {"moe_us": {size: {"two_gpus": two, "loopback": one} for size, (two, one) in layers.items()}}
     path.write_text(json.dumps({"P5": line}))
     return path
 
