@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.gpu
 WORLD, LOCAL, TOP_K, TOKENS, HIDDEN, SHARED_SIZE, ROWS = 8, 32, 8, 384, 7168, 2048, 500
-INPUTS, SPARE_SMS = 3, 20
+INPUTS, SPARE_SMS = 3, 44
 FP8 = torch.float8_e4m3fn
 
 
