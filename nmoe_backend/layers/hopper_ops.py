@@ -41,7 +41,7 @@ PIECE_KEYS = 8192  # keys that prefill expands at once: 512 MB at 128 heads
 # Keys of a piece of a context in decode. Short pieces of many rows would send 268 MB of partial sums a layer through
 # memory; few rows leave SMs idle where a context is one piece, but what changes with the rows changes a row's bits.
 SPLIT, FEW_ROWS, FEW_ROWS_SPLIT = 4096, 64, 1024
-SPARE_SMS = 44  # left to what runs beside a linear: with fewer it ends later, with more the linear does (docs/kernels.md)
+SPARE_SMS = 44  # left to dispatch and give_back beside a linear: with fewer they end later, with more the linear does
 
 
 @dataclass(frozen=True, kw_only=True)
