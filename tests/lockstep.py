@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmoe_backend.kernels.block_fp8 import dequantize_blocks_reference
-from nmoe_backend.layers.layer_ops import MLAWeights
+from nmoe_backend.layers.layer_ops import MLAWeights, SharedExpert
 from nmoe_backend.layers.ops import ops_for
 from nmoe_backend.layers.plain_ops import PlainOps
 from nmoe_backend.layers.rows import Rows
@@ -36,6 +36,20 @@ def _unless_off(method: Callable) -> Callable:
         return getattr(owner, method.__name__)(*args, **kwargs)
 
     return run
+
+
+class _KeptShared:
+    """The shared expert, with what it gave in `out`."""
+
+    def __init__(self, shared: SharedExpert) -> None:
+        self._shared = shared
+
+    def up(self, rows: Rows, *, beside_next: bool = False) -> Tensor:
+        return self._shared.up(rows, beside_next=beside_next)
+
+    def down(self, gate_up: Tensor, *, beside_next: bool = False) -> Tensor:
+        self.out = self._shared.down(gate_up, beside_next=beside_next)
+        return self.out
 
 
 class Lockstep:
@@ -77,8 +91,8 @@ class Lockstep:
         return rows
 
     @_unless_off
-    def linear(self, rows, weight):
-        out = self._ops.linear(rows, weight)
+    def linear(self, rows, weight, *, beside_next=False):
+        out = self._ops.linear(rows, weight, beside_next=beside_next)
         w = dequantize_blocks_reference(weight.values, weight.scales, weight.block, torch.float32)
         self._note("bf16 linear", out, wide(rows) @ w.t())
         return out
@@ -133,12 +147,7 @@ class Lockstep:
     @_unless_off
     def forward(self, rows, choice, experts, batch, shared):
         """The exchange's."""
-        found = []
-
-        def kept() -> Tensor:
-            found.append(shared())
-            return found[0]
-
+        kept = _KeptShared(shared)
         out = self._exchange.forward(rows, choice, experts, batch, kept)
         x, want = wide(rows), torch.zeros(out.shape, device=out.device)
         for expert in range(experts.num_local):
@@ -149,7 +158,7 @@ class Lockstep:
             token, place = (choice[0] == expert).nonzero(as_tuple=True)
             h = rounded(F.silu(x[token] @ w13[0].t()) * (x[token] @ w13[1].t()))
             want.index_add_(0, token, h @ w2.t() * choice[1][token, place, None])
-        self._note("bf16 exchange", out, want + found[0].float())
+        self._note("bf16 exchange", out, want + kept.out.float())
         return out
 
     def worst(self) -> dict[str, float]:

@@ -34,7 +34,7 @@ class _RoundedExperts:
 
 
 class _RoundedOps(PlainOps):
-    def linear(self, rows: Rows, weight: tuple[Tensor, ...]) -> Tensor:
+    def linear(self, rows: Rows, weight: tuple[Tensor, ...], *, beside_next: bool = False) -> Tensor:
         return super().linear(Rows(rounded(rows.require_wide())), weight)
 
     def pack_experts(self, weights: ExpertWeights) -> _RoundedExperts:
