@@ -12,5 +12,5 @@ which must have been complete (a synchronisation, at load) before the first step
 the kernel's own wait, lets the next one start early; so that one finds complete what was launched before the kernel
 ahead, and may read it before it waits (the tile table of the expert GEMMs, behind the gathering of their rows). Kernels
 that fill every SM leave it out where the next one has several programs an SM: the first SM that is free would take more
-than its share of them.
+than its share of them. Two kernels run beside the one ahead from begin to end and wait for it last: rdep_gpu.py.
 """
