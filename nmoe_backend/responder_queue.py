@@ -2,7 +2,7 @@
 
 The engine puts a step's tokens in the order of its rows. Served in that order, the last rows of a step wait behind the
 first rows of the next one whenever the senders are behind, and gaps grow by up to a step. By age every stream gets its
-turn once a round, and a new one its first response at once.
+turn once a round. A new one's age counts from the start of its prefill: a burst of them stops nobody.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class ReadyQueue(Generic[WaitingT]):
     def put(self, stream: WaitingT) -> None:
         """It has something to say. In the queue once at a time."""
         record = stream.record
-        heapq.heappush(self._heap, (record.last_token_s or 0.0, record.request_id, stream))
+        since_s = record.last_token_s or record.started_s or 0.0
+        heapq.heappush(self._heap, (since_s, record.request_id, stream))
         self._tickets.put(None)
 
     def get(self) -> WaitingT | None:

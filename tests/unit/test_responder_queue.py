@@ -20,19 +20,27 @@ class Waiting:
     record: RequestRecord
 
 
-def waiting(request_id: int, last_token_s: float | None = None) -> Waiting:
-    record = RequestRecord(request_id=request_id, client_id="", arrival_s=0.0, last_token_s=last_token_s)
+def waiting(request_id: int, last_token_s: float | None = None, started_s: float | None = None) -> Waiting:
+    record = RequestRecord(request_id=request_id, client_id="", arrival_s=0.0)
+    record.started_s, record.last_token_s = started_s, last_token_s
     return Waiting(record)
 
 
-def test_who_was_never_served_goes_first_and_then_who_was_served_longest_ago() -> None:
+def test_who_never_began_goes_first_and_then_who_was_served_or_began_longest_ago() -> None:
     ready: ReadyQueue[Waiting] = ReadyQueue()
-    streams = [waiting(1, 5.0), waiting(2), waiting(3, 4.0), waiting(4), waiting(5, 4.0)]
+    streams = [
+        waiting(1, 5.0, started_s=1.0),
+        waiting(2, started_s=3.5),
+        waiting(3, 4.0, started_s=1.0),
+        waiting(4),  # ends with an error before its first step
+        waiting(5, 4.0, started_s=1.0),
+        waiting(6, started_s=4.5),
+    ]
     for stream in streams:
         ready.put(stream)
     assert len(ready) == len(streams)
     order = [ready.get() for _ in streams]
-    assert [stream.record.request_id for stream in order if stream is not None] == [2, 4, 3, 5, 1]
+    assert [stream.record.request_id for stream in order if stream is not None] == [4, 2, 3, 5, 6, 1]
 
 
 def test_takers_end_when_no_stream_is_left() -> None:
