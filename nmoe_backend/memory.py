@@ -27,7 +27,8 @@ _EXPERT_PASS_ROWS = 8192  # rows that one pass of the grouped GEMMs takes, whate
 # Of the kernels for Hopper GPUs (layers/hopper_ops.py, hopper_exchange.py, kernels/expert_rows_gpu.py):
 _WINDOW_ROWS, _WINDOW_SLACK = 16384, 2048  # received choices of one pass of the expert GEMMs; a chunk that may overhang
 _PIECE_KEYS = 8192  # keys that prefill expands at once
-_DECODE_SPLIT, _FEW_ROWS, _FEW_ROWS_SPLIT = 4096, 64, 1024  # keys of a piece of a context
+_DECODE_SPLIT = 4096  # keys of a piece of a context in decode
+_NUM_SMS = 132  # where few rows share their contexts evenly: two pieces of 64 heads each, in fp32
 _LOGIT_COPIES = 3  # raw logits, edited logits, the plain sampler's sorted copy; fp32
 _KERNEL_LOGIT_COPIES = 4  # raw logits, edited logits, candidates' logits and ids; 4 bytes each
 
@@ -209,18 +210,19 @@ def _expert_window_bytes(config: ServeConfig, dims: ModelDims, world_size: int) 
 
 def _attention_scratch_bytes(config: ServeConfig, dims: ModelDims) -> int:
     """Kernels only: partial results of contexts in several pieces, expanded keys and running sums of prefill; fp32."""
-    heads, partials = dims.num_attention_heads, 0
+    heads, partials = dims.num_attention_heads, 0  # of one head each
     in_pages = config.num_pages * config.kv_layout.page_size + 128 * config.max_batch_size  # each in whole blocks
-    few = [] if config.deterministic else [(min(_FEW_ROWS, config.max_batch_size), _FEW_ROWS_SPLIT)]
-    for rows, split in [(config.max_batch_size, _DECODE_SPLIT), *few]:
-        keys = rows * config.max_seq_len
-        if config.num_pages:
-            keys = min(keys, in_pages)
-        if config.max_seq_len > split:
-            partials += min(rows * -(-config.max_seq_len // split), 2 * keys // split)
+    keys = config.max_batch_size * config.max_seq_len
+    if config.num_pages:
+        keys = min(keys, in_pages)
+    if config.max_seq_len > _DECODE_SPLIT:
+        pieces = config.max_batch_size * -(-config.max_seq_len // _DECODE_SPLIT)
+        partials = heads * min(pieces, 2 * keys // _DECODE_SPLIT)
+    if not config.deterministic:
+        partials += 2 * _NUM_SMS * 64
     expanded = _PIECE_KEYS * (2 * heads * (dims.qk_nope_head_dim + dims.v_head_dim) + 2 * (dims.kv_lora_rank + 64))
     sums = tokens_per_step(config) * heads * (dims.v_head_dim + 2) * 4
-    return partials * heads * (dims.kv_lora_rank + 1) * 4 + expanded + sums
+    return partials * (dims.kv_lora_rank + 1) * 4 + expanded + sums
 
 
 def activation_bytes(config: ServeConfig, dims: ModelDims, world_size: int) -> int:

@@ -16,8 +16,10 @@ from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm
 from nmoe_backend.kernels.expert_gemm_sm90 import expert_down, expert_up
 from nmoe_backend.kernels.expert_rows_gpu import expert_row_index, expert_rows, gather_expert_rows, num_expert_rows
 from nmoe_backend.kernels.mla_absorb_sm90 import absorb_queries, expand_values
-from nmoe_backend.kernels.mla_decode_sm90 import make_mla_decode_plan, mla_decode, plan_mla_decode
-from nmoe_backend.kernels.mla_prefill_sm90 import _attend, make_mla_prefill_plan, mla_prefill, plan_mla_prefill
+from nmoe_backend.kernels.mla_sm90.decode import mla_decode
+from nmoe_backend.kernels.mla_sm90.decode_plan import make_mla_decode_plan, plan_mla_decode
+from nmoe_backend.kernels.mla_sm90.prefill import attend, mla_prefill
+from nmoe_backend.kernels.mla_sm90.prefill_plan import make_mla_prefill_plan, plan_mla_prefill
 from nmoe_backend.kernels.quantize_rows_gpu import quantize_rows
 from nmoe_backend.kernels.rdep import rdep_local_ids_reference
 from nmoe_backend.kernels.rms_norm_gpu import rms_norm
@@ -100,7 +102,7 @@ def _decode(peers: Peers, rows: int, context: int) -> Case:
     tables = _tables(rows, context)
     q, cache = _randn(rows, HEADS, LATENT + ROPE), _randn(tables.numel(), PAGE, LATENT + ROPE)
     lens = torch.full((rows,), context, dtype=torch.int32, device=DEVICE)
-    split = 1024 if rows <= 64 else 4096  # as layers/hopper_ops.py
+    split = None if rows <= 64 else 4096  # as layers/hopper_ops.py where it is not deterministic
     plan = make_mla_decode_plan(rows, context, rows * context, HEADS, q.device, split)
     plan_mla_decode(plan, lens)
     out = torch.empty(rows, HEADS, LATENT, dtype=BF16, device=DEVICE)
@@ -135,7 +137,7 @@ def _prefill(peers: Peers, rows: int, length: int) -> Case:
 
     def ours() -> Tensor:
         plan.counters.zero_()
-        _attend(q, plan, 0, out, SCALE)
+        attend(q, plan, 0, out, SCALE)
         return out
 
     padded = plan.keys.view(rows, -1, LATENT + ROPE)[:, :length, LATENT:]

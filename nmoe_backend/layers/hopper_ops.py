@@ -19,14 +19,10 @@ from torch import Tensor
 from nmoe_backend.kernels.block_fp8 import Fp8Blocks
 from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm
 from nmoe_backend.kernels.mla_absorb_sm90 import absorb_queries, expand_values
-from nmoe_backend.kernels.mla_decode_sm90 import MlaDecodePlan, make_mla_decode_plan, mla_decode, plan_mla_decode
-from nmoe_backend.kernels.mla_prefill_sm90 import (
-    MlaPrefillPlan,
-    make_mla_prefill_plan,
-    mla_prefill,
-    plan_mla_prefill,
-)
-from nmoe_backend.kernels.quantize_rows_gpu import quantize_rows
+from nmoe_backend.kernels.mla_sm90.decode import mla_decode
+from nmoe_backend.kernels.mla_sm90.decode_plan import MlaDecodePlan, make_mla_decode_plan, plan_mla_decode
+from nmoe_backend.kernels.mla_sm90.prefill import mla_prefill
+from nmoe_backend.kernels.mla_sm90.prefill_plan import MlaPrefillPlan, make_mla_prefill_plan, plan_mla_prefill
 from nmoe_backend.kernels.rms_norm_gpu import rms_norm
 from nmoe_backend.kernels.rope_cache_gpu import Rotation, rope_cache
 from nmoe_backend.kernels.router_gpu import router, router_logits, split_weight
@@ -40,7 +36,7 @@ GROUP = 128  # neighbours that share a scale
 PIECE_KEYS = 8192  # keys that prefill expands at once: 512 MB at 128 heads
 # Keys of a piece of a context in decode. Short pieces of many rows would send 268 MB of partial sums a layer through
 # memory; few rows leave SMs idle where a context is one piece, but what changes with the rows changes a row's bits.
-SPLIT, FEW_ROWS, FEW_ROWS_SPLIT = 4096, 64, 1024
+SPLIT, FEW_ROWS = 4096, 64
 SPARE_SMS = 44  # left to dispatch and give_back beside a linear: with fewer they end later, with more the linear does
 
 
@@ -62,7 +58,8 @@ class HopperMLAPlan:
 class HopperOps:
     """`LayerOps` of one rank; its scratch serves one stream. Used by that rank's thread only.
 
-    `deterministic`: a row's bits depend on nothing but its own sequence: contexts are cut alike in steps of any size.
+    `deterministic`: a row's bits depend on nothing but its own sequence: contexts are cut at the same keys in every
+    step. Otherwise the contexts of few rows are shared evenly among the SMs.
     """
 
     pads_steps = True
@@ -74,7 +71,7 @@ class HopperOps:
         self._num_sms = num_sms
         self._deterministic = deterministic
         self._shape: StepShape | None = None
-        self._decode_plans: dict[tuple[int, int], MlaDecodePlan] = {}  # by heads and split
+        self._decode_plans: dict[tuple[int, int | None], MlaDecodePlan] = {}  # by heads and split
         self._prefill_plans: dict[int, MlaPrefillPlan] = {}  # by heads
 
     def allocate(self, shape: StepShape) -> None:
@@ -132,7 +129,7 @@ class HopperOps:
     def _decode_plan(self, num_rows: int, num_heads: int) -> MlaDecodePlan:
         shape = self._require_shape()
         few = num_rows <= FEW_ROWS and not self._deterministic
-        split = FEW_ROWS_SPLIT if few else SPLIT
+        split = None if few else SPLIT
         rows = min(FEW_ROWS, shape.max_rows) if few else shape.max_rows
         if (num_heads, split) not in self._decode_plans:  # the first step of a kind, which warm-up runs
             self._decode_plans[num_heads, split] = make_mla_decode_plan(
@@ -170,14 +167,12 @@ class HopperOps:
             absorb_queries(q[decoded], weights.w_kv_b, latent)
             mla_decode(latent, cache, batch.block_tables, plan.decode, attended, spec.softmax_scale)
         rows = _fp8_rows(num_tokens, heads * spec.v_head_dim, q.device)
-        if plan.prefill is None or batch.padded_prefill is None:
-            expand_values(attended, weights.w_kv_b, *rows.require_fp8())
-            return rows
-        out = torch.empty(num_tokens, heads, spec.v_head_dim, dtype=q.dtype, device=q.device)
-        expand_values(attended, weights.w_kv_b, out[decoded].flatten(1))
-        tables = batch.padded_prefill.tables  # over what decode wrote for rows of its own
-        mla_prefill(q, cache, tables, weights.w_kv_b, plan.prefill, out, spec.softmax_scale)
-        quantize_rows(out.flatten(1), *rows.require_fp8())
+        values, scales = rows.require_fp8()
+        expand_values(attended, weights.w_kv_b, values[decoded], scales)
+        if plan.prefill is not None and batch.padded_prefill is not None:
+            tables = batch.padded_prefill.tables  # over what decode wrote for rows of its own
+            out = values.view(num_tokens, heads, spec.v_head_dim)
+            mla_prefill(q, cache, tables, weights.w_kv_b, plan.prefill, out, spec.softmax_scale, scales)
         return rows
 
     def pack_experts(self, weights: ExpertWeights) -> ExpertWeights:

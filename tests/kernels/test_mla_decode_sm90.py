@@ -46,16 +46,16 @@ class Case:
         return out
 
 
-def decode(case: Case, split: int, rows: slice = slice(None)) -> Tensor:
-    from nmoe_backend.kernels import mla_decode_sm90 as kernel
+def decode(case: Case, split: int | None, rows: slice = slice(None)) -> Tensor:
+    from nmoe_backend.kernels.mla_sm90 import decode as kernel, decode_plan as plans
 
     lens, q, tables = case.lens[rows].contiguous(), case.q[rows].contiguous(), case.tables[rows].contiguous()
-    plan = kernel.make_mla_decode_plan(
+    plan = plans.make_mla_decode_plan(
         len(lens), int(case.lens.max()), int(lens.sum()), HEADS, torch.device("cuda"), split=split
     )
     plan.partial.fill_(float("nan"))
     out = torch.full((len(lens), HEADS, LATENT), float("nan"), device="cuda", dtype=torch.bfloat16)
-    kernel.plan_mla_decode(plan, lens)
+    plans.plan_mla_decode(plan, lens)
     kernel.mla_decode(q, case.cache, tables, plan, out, SCALE)
     return out
 
@@ -67,7 +67,7 @@ def assert_close(out: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64])
-@pytest.mark.parametrize("split", [512, 2048])
+@pytest.mark.parametrize("split", [512, 2048, None])
 def test_ragged_rows_match_float64(page_size: int, split: int) -> None:
     case = Case([2000, 31, 1, 33, 64, 0, 100, 1999, 65, 2048, 4097, 512], page_size)
     assert_close(decode(case, split), case.expected())
@@ -86,23 +86,32 @@ def test_result_is_bitwise_independent_of_the_rest_of_the_batch() -> None:
         assert torch.equal(decode(case, 512, slice(row, row + 1))[0], together[row])
 
 
-def test_repeated_runs_are_bitwise_equal() -> None:
+@pytest.mark.parametrize("split", [2048, None])
+def test_repeated_runs_are_bitwise_equal(split: int | None) -> None:
     case = Case([1900 + row for row in range(200)], 64)
-    first = decode(case, 2048)
+    first = decode(case, split)
     assert_close(first, case.expected())
     for _ in range(10):
-        assert torch.equal(decode(case, 2048), first)
+        assert torch.equal(decode(case, split), first)
 
 
-def test_graph_replay_follows_lengths_in_device_memory() -> None:
-    from nmoe_backend.kernels import mla_decode_sm90 as kernel
+@pytest.mark.parametrize("split", [4096, None])
+def test_a_long_context_beside_short_ones(split: int | None) -> None:
+    """One row is joined out of 20 to 60 pieces while its neighbours are whole."""
+    case = Case([80_000, *(1 + 3 * row for row in range(40))], 64)
+    assert_close(decode(case, split), case.expected())
+
+
+@pytest.mark.parametrize("split", [1024, None])
+def test_graph_replay_follows_lengths_in_device_memory(split: int | None) -> None:
+    from nmoe_backend.kernels.mla_sm90 import decode as kernel, decode_plan as plans
 
     case = Case([3000] * 4, 64)
-    plan = kernel.make_mla_decode_plan(4, 3000, 12000, HEADS, torch.device("cuda"), split=1024)
+    plan = plans.make_mla_decode_plan(4, 3000, 12000, HEADS, torch.device("cuda"), split)
     out = torch.empty(4, HEADS, LATENT, device="cuda", dtype=torch.bfloat16)
 
     def step() -> None:
-        kernel.plan_mla_decode(plan, case.lens)
+        plans.plan_mla_decode(plan, case.lens)
         kernel.mla_decode(case.q, case.cache, case.tables, plan, out, SCALE)
 
     step()
@@ -128,12 +137,12 @@ def test_pages_beyond_two_gi_elements() -> None:
 
 
 def test_shapes_without_a_kernel_are_refused() -> None:
-    from nmoe_backend.kernels import mla_decode_sm90 as kernel
+    from nmoe_backend.kernels.mla_sm90 import decode as kernel, decode_plan as plans
 
     with pytest.raises(ValueError, match="need a positive multiple of 64"):
-        kernel.make_mla_decode_plan(1, 64, 64, HEADS, torch.device("cuda"), split=100)
+        plans.make_mla_decode_plan(1, 64, 64, HEADS, torch.device("cuda"), split=100)
     case = Case([64], 64)
-    plan = kernel.make_mla_decode_plan(1, 64, 64, HEADS, torch.device("cuda"))
+    plan = plans.make_mla_decode_plan(1, 64, 64, HEADS, torch.device("cuda"), split=None)
     out = torch.empty(1, HEADS, LATENT, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="pages of 16, 32 or 64"):
         kernel.mla_decode(case.q, case.cache.view(-1, 8, DIM), case.tables, plan, out, SCALE)

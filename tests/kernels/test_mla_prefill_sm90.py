@@ -70,18 +70,22 @@ class Case:
         return out
 
 
-def prefill(case: Case, piece_keys: int = 4096, spare_pieces: int = 0) -> Tensor:
-    from nmoe_backend.kernels import mla_prefill_sm90 as kernel
+def run(case: Case, piece_keys: int, spare_pieces: int, out: Tensor, out_scales: Tensor | None = None) -> None:
+    from nmoe_backend.kernels.mla_sm90 import prefill as kernel, prefill_plan as plans
 
-    pieces = max(1, -(-kernel.num_key_rows(case.rows) // piece_keys)) + spare_pieces
-    plan = kernel.make_mla_prefill_plan(
+    pieces = max(1, -(-plans.num_key_rows(case.rows) // piece_keys)) + spare_pieces
+    plan = plans.make_mla_prefill_plan(
         len(case.rows), case.num_tokens, pieces, case.q.shape[1], torch.device("cuda"), piece_keys
     )
     for buffer in (plan.keys, plan.expanded, plan.sums, plan.maxima):
         buffer.fill_(float("nan"))
+    plans.plan_mla_prefill(plan, case.cu_seqlens, case.starts, case.num_rows)
+    kernel.mla_prefill(case.q, case.cache, case.tables, case.w_kv_b, plan, out, SCALE, out_scales)
+
+
+def prefill(case: Case, piece_keys: int = 4096, spare_pieces: int = 0) -> Tensor:
     out = torch.full((case.num_tokens, case.q.shape[1], 128), float("nan"), device="cuda", dtype=torch.bfloat16)
-    kernel.plan_mla_prefill(plan, case.cu_seqlens, case.starts, case.num_rows)
-    kernel.mla_prefill(case.q, case.cache, case.tables, case.w_kv_b, plan, out, SCALE)
+    run(case, piece_keys, spare_pieces, out)
     return out
 
 
@@ -102,6 +106,26 @@ def assert_right(case: Case, out: Tensor) -> None:
 def test_ragged_rows_match_float64(page_size: int, piece_keys: int) -> None:
     case = Case(ROWS, page_size)
     assert_right(case, prefill(case, piece_keys))
+
+
+@pytest.mark.parametrize("piece_keys", [4096, 512])
+def test_quantised_rows_are_those_of_the_bf16_ones_bit_for_bit(piece_keys: int) -> None:
+    from nmoe_backend.kernels.quantize_rows_gpu import quantize_rows_reference
+
+    case = Case(ROWS, num_heads=20)
+    case.w_kv_b[3, 128:] *= 1e-6  # a head below the smallest scale
+    wide = prefill(case, piece_keys)
+    values = torch.full(wide.shape, 3.0, device="cuda").to(torch.float8_e4m3fn)
+    scales = torch.full((20, case.num_tokens + 11), -1.0, device="cuda")
+    run(case, piece_keys, 0, values, scales)
+    used = torch.zeros(case.num_tokens, dtype=torch.bool, device="cuda")
+    used[int(case.cu_seqlens[0]) : int(case.cu_seqlens[-1])] = True
+    want_values, want_scales = quantize_rows_reference(wide.flatten(1))
+    found = values.flatten(1).view(torch.uint8)
+    assert torch.equal(found[used], want_values.view(torch.uint8)[used])
+    assert torch.equal(scales[:, : case.num_tokens][:, used], want_scales[:, used])
+    assert bool((values[~used].float() == 3.0).all())
+    assert bool((scales[:, case.num_tokens :] == -1.0).all() and (scales[:, : case.num_tokens][:, ~used] == -1.0).all())
 
 
 @pytest.mark.parametrize("num_heads", [4, 20])
@@ -164,15 +188,15 @@ def test_repeated_runs_are_bitwise_equal() -> None:
 
 
 def test_graph_replay_follows_rows_in_device_memory() -> None:
-    from nmoe_backend.kernels import mla_prefill_sm90 as kernel
+    from nmoe_backend.kernels.mla_sm90 import prefill as kernel, prefill_plan as plans
 
     case = Case([(500, 300), (0, 400), (200, 0)], num_heads=32)
     num_rows = case.num_rows
-    plan = kernel.make_mla_prefill_plan(3, case.num_tokens, 4, 32, torch.device("cuda"), 1024).part(3, 512)
+    plan = plans.make_mla_prefill_plan(3, case.num_tokens, 4, 32, torch.device("cuda"), 1024).part(3, 512)
     out = torch.empty(case.num_tokens, 32, 128, device="cuda", dtype=torch.bfloat16)
 
     def step() -> None:
-        kernel.plan_mla_prefill(plan, case.cu_seqlens, case.starts, num_rows)
+        plans.plan_mla_prefill(plan, case.cu_seqlens, case.starts, num_rows)
         kernel.mla_prefill(case.q, case.cache, case.tables, case.w_kv_b, plan, out, SCALE)
 
     step()
@@ -202,13 +226,13 @@ def test_pages_beyond_two_gi_elements() -> None:
 
 
 def test_plan_of_the_documented_example() -> None:
-    from nmoe_backend.kernels import mla_prefill_sm90 as kernel
+    from nmoe_backend.kernels.mla_sm90 import prefill_plan as plans
 
-    assert kernel.num_key_rows([(100, 200), (7, 0)]) == 384
-    plan = kernel.make_mla_prefill_plan(1, 200, 2, 4, torch.device("cuda"), 256)
+    assert plans.num_key_rows([(100, 200), (7, 0)]) == 384
+    plan = plans.make_mla_prefill_plan(1, 200, 2, 4, torch.device("cuda"), 256)
     cu_seqlens = torch.tensor([0, 200], dtype=torch.int32, device="cuda")
     starts = torch.tensor([100], dtype=torch.int32, device="cuda")
-    kernel.plan_mla_prefill(plan, cu_seqlens, starts, torch.ones_like(starts))
+    plans.plan_mla_prefill(plan, cu_seqlens, starts, torch.ones_like(starts))
     assert plan.num_items.tolist() == [3, 1]
     assert plan.items[0, :3, :7].tolist() == [
         [28, 0, 128, 0, 2, 1, 1],
@@ -221,16 +245,18 @@ def test_plan_of_the_documented_example() -> None:
 
 
 def test_shapes_without_a_kernel_are_refused() -> None:
-    from nmoe_backend.kernels import mla_prefill_sm90 as kernel
+    from nmoe_backend.kernels.mla_sm90 import prefill as kernel, prefill_plan as plans
 
     with pytest.raises(ValueError, match="positive multiple of 128"):
-        kernel.make_mla_prefill_plan(1, 64, 1, 128, torch.device("cuda"), 100)
-    plan = kernel.make_mla_prefill_plan(1, 4, 1, 128, torch.device("cuda"), 128)
+        plans.make_mla_prefill_plan(1, 64, 1, 128, torch.device("cuda"), 100)
+    plan = plans.make_mla_prefill_plan(1, 4, 1, 128, torch.device("cuda"), 128)
     with pytest.raises(ValueError, match="need at most 1 of 128"):
         plan.part(2, 128)
     case = Case([(0, 4)])
     out = torch.empty(case.num_tokens, 128, 128, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="strided"):
         kernel.mla_prefill(case.q, case.cache[::2], case.tables, case.w_kv_b, plan, out, SCALE)
+    with pytest.raises(ValueError, match="e4m3 with scales or bfloat16 without"):
+        kernel.mla_prefill(case.q, case.cache, case.tables, case.w_kv_b, plan, out, SCALE, torch.empty(128, 12))
     with pytest.raises(ValueError, match="a plan of as many heads"):
         kernel.mla_prefill(case.q[:, :64], case.cache, case.tables, case.w_kv_b[:64], plan, out[:, :64], SCALE)

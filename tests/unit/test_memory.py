@@ -77,12 +77,12 @@ def test_a_gpu_too_small_is_an_error_that_says_how_much_is_missing(tmp_path: Pat
         memory.resolve_num_pages(config, dims, config.replicas[0], available=80 * memory.GB, loaded=False)
 
 
-def test_short_pieces_for_few_rows_need_room_for_partial_sums(tmp_path: Path) -> None:
-    """64 rows of 32,768 tokens: 32 pieces of 1,024 beside the 8 of 4,096 that every row has."""
+def test_contexts_shared_evenly_need_room_for_partial_sums(tmp_path: Path) -> None:
+    """Two pieces of 128 heads for each of the 66 pairs of SMs, beside the pieces of 4,096 that every row has."""
     config, dims = load(tmp_path, 'device = "cuda"\nmax_seq_len = 32768\nmax_batch_size = 256')
     fast, _ = load(tmp_path, 'device = "cuda"\nmax_seq_len = 32768\nmax_batch_size = 256\ndeterministic = false')
     more = memory.activation_bytes(fast, dims, 8) - memory.activation_bytes(config, dims, 8)
-    assert more == 64 * 32 * 128 * (512 + 1) * 4
+    assert more == 66 * 2 * 128 * (512 + 1) * 4
 
 
 def test_num_pages_of_the_toml_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -36,12 +36,8 @@ warpgroup does the softmax of a block, its product of the block before and the o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -53,163 +49,67 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
+
+from nmoe_backend.kernels.mla_sm90.prefill_keys import expand_keys, gather_keys
+from nmoe_backend.kernels.mla_sm90.prefill_plan import (
+    BLOCK,
+    EXPANDED_DIM,
+    HEAD_GROUP,
+    LATENT_DIM,
+    ROPE_DIM,
+    VALUE_DIM,
+    MlaPrefillPlan,
+)
 
 QUERY_DIM = 192
-LATENT_DIM = 512
-ROPE_DIM = 64
 NOPE_DIM = 128
-EXPANDED_DIM = 256  # of a head: 128 of the key, then 128 of the value
-VALUE_DIM = 128
-HEAD_GROUP = 4  # heads whose tiles run side by side and share their keys in L2
-BLOCK = 128  # queries of a tile and keys of a block
-DEFAULT_PIECE_KEYS = 8192
 
-_ITEM = tl.constexpr(8)  # int32 fields of an item
-_ITEM_TILE = tl.constexpr(32)  # items of a program of the plan
-_GATHER_ROWS = tl.constexpr(16)
-_EXPAND_K = tl.constexpr(64)  # latents of a stage of the product that expands
-_EXPAND_GROUP = tl.constexpr(16)  # key blocks that take turns at a head's weights while these are in L2
 _BLOCK = gl.constexpr(128)
 _STAGES = gl.constexpr(2)
 _HEAD_GROUP = gl.constexpr(HEAD_GROUP)
 _SHARED = gl.NVMMASharedLayout(128, 16, rank=2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MlaPrefillPlan:
-    """Static device buffers: the work lists of a step; the expanded keys and running sums of one layer at a time."""
-
-    num_pieces: int
-    piece_keys: int
-    items: Tensor  # [pieces, I, 8] int32: q row, first and last query used, key row, blocks, is first, is last, -
-    num_items: Tensor  # [pieces] int32
-    blocks: Tensor  # [pieces * piece_keys / 128, 4] int32: row (-1: unused), first position, keys, -
-    num_blocks: Tensor  # [1] int32: blocks in use, in all pieces
-    keys: Tensor  # [piece_keys, 576] bf16, gathered
-    expanded: Tensor  # [piece_keys, H, 256] bf16: of a head, 128 of the key, then the value
-    sums: Tensor  # [T, H, 128] fp32, T = 0 for one piece
-    maxima: Tensor  # [T, H, 2] fp32: running maximum of q . k, and sum
-    counters: Tensor  # [pieces] int32: units handed out
-    num_programs: int
-
-    def part(self, num_pieces: int, piece_keys: int) -> MlaPrefillPlan:
-        """A plan of a smaller bucket in the same buffers: for steps that don't run at the same time."""
-        if not (0 < num_pieces <= self.num_pieces and 0 < piece_keys <= self.piece_keys) or piece_keys % BLOCK:
-            raise ValueError(
-                f"got {num_pieces} pieces of {piece_keys} keys; need at most {self.num_pieces} of {self.piece_keys}, a "
-                f"multiple of {BLOCK}."
-            )
-        return replace(
-            self,
-            num_pieces=num_pieces,
-            piece_keys=piece_keys,
-            items=self.items[:num_pieces],
-            num_items=self.num_items[:num_pieces],
-            blocks=self.blocks[: num_pieces * piece_keys // BLOCK],
-            keys=self.keys[:piece_keys],
-            expanded=self.expanded[:piece_keys],
-            counters=self.counters[:num_pieces],
-        )
-
-
-def num_key_rows(rows: Iterable[tuple[int, int]]) -> int:
-    """Keys that rows of (start, length) take in the pieces: a row's own are padded to whole blocks."""
-    return sum(-(-(start + length) // BLOCK) * BLOCK for start, length in rows if length)
-
-
-def make_mla_prefill_plan(
-    max_rows: int, max_tokens: int, num_pieces: int, num_heads: int, device: torch.device,
-    piece_keys: int = DEFAULT_PIECE_KEYS,
-) -> MlaPrefillPlan:  # fmt: skip
-    """Buffers for steps of at most `max_rows` rows, `max_tokens` tokens (of other kinds too) and num_pieces pieces.
-
-    At 128 heads `expanded` takes 64 KB a key, and the sums of more than one piece 65 KB a token. Raises ValueError.
-    """
-    if piece_keys <= 0 or piece_keys % BLOCK or num_heads % HEAD_GROUP or max_rows <= 0 or num_pieces <= 0:
-        raise ValueError(
-            f"got piece_keys={piece_keys}, num_heads={num_heads}, max_rows={max_rows}, num_pieces={num_pieces}; need a "
-            f"positive multiple of {BLOCK}, a multiple of {HEAD_GROUP}, at least one row and one piece."
-        )
-    bf16, fp32, int32 = torch.bfloat16, torch.float32, torch.int32
-    # A row's tokens touch at most two tiles that they don't fill.
-    num_tiles = max_tokens // BLOCK + 2 * max_rows
-    num_items = -(-num_tiles // _ITEM_TILE.value) * _ITEM_TILE.value
-    carried = max_tokens if num_pieces > 1 else 0
-
-    def buffer(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    return MlaPrefillPlan(
-        num_pieces=num_pieces,
-        piece_keys=piece_keys,
-        items=buffer(num_pieces, num_items, _ITEM.value, dtype=int32),
-        num_items=buffer(num_pieces, dtype=int32),
-        blocks=buffer(num_pieces * piece_keys // BLOCK, 4, dtype=int32),
-        num_blocks=buffer(1, dtype=int32),
-        keys=buffer(piece_keys, LATENT_DIM + ROPE_DIM, dtype=bf16),
-        expanded=buffer(piece_keys, num_heads, EXPANDED_DIM, dtype=bf16),
-        sums=buffer(carried, num_heads, VALUE_DIM, dtype=fp32),
-        maxima=buffer(carried, num_heads, 2, dtype=fp32),
-        counters=buffer(num_pieces, dtype=int32),
-        num_programs=torch.cuda.get_device_properties(device).multi_processor_count,
+# To store a [64, 128] tile with 16 bytes a thread: the accumulator's layout has 2 neighbours.
+_WIDE_BF16 = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 128],
     )
-
-
-def plan_mla_prefill(plan: MlaPrefillPlan, cu_seqlens: Tensor, starts: Tensor, num_rows: Tensor) -> None:
-    """Fills the plan from cu_seqlens [S + 1] and starts [S] int32, on the device; once a step, before the first layer.
-
-    Row s < num_rows [1] int32 is the tokens [cu_seqlens[s], cu_seqlens[s + 1]) of the step, at positions starts[s],
-    starts[s] + 1, ... A row of no tokens takes no part, and those from num_rows on are not looked at. The caller knows
-    that `num_key_rows` of the rows fits (num_pieces * piece_keys).
-    """
-    num_items, num_blocks = plan.items.shape[1], plan.blocks.shape[0]
-    _plan_items_kernel[(plan.num_pieces, num_items // _ITEM_TILE.value)](
-        cu_seqlens, starts, plan.items, plan.num_items, num_rows, num_items, plan.piece_keys // BLOCK,
-        WIDTH=triton.next_power_of_2(num_items), num_warps=8,
-    )  # fmt: skip
-    _plan_blocks_kernel[(triton.cdiv(num_blocks, 128),)](
-        cu_seqlens, starts, plan.blocks, plan.num_blocks, num_rows, num_blocks, num_warps=4
+)
+_WIDE_FP8 = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [4, 0], [8, 0]],
+        lane_bases=[[0, 16], [0, 32], [0, 64], [1, 0], [2, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 128],
     )
+)
 
 
 def mla_prefill(
-    q: Tensor, cache: Tensor, block_tables: Tensor, w_kv_b: Tensor, plan: MlaPrefillPlan, out: Tensor, scale: float
-) -> None:
-    """Writes out [T, H, 128] at the rows' tokens; the plan is that of this step (`plan_mla_prefill`).
+    q: Tensor, cache: Tensor, block_tables: Tensor, w_kv_b: Tensor, plan: MlaPrefillPlan, out: Tensor, scale: float,
+    out_scales: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes the rows' tokens of out [T, H, 128] e4m3 and out_scales [H, >= T] fp32; without these, of out in bf16. The
+    plan is that of this step (`plan_mla_prefill`).
 
     Under a graph: 3 launches a piece, no allocation, work for the keys that there are. Table entries beyond a row's own
     pages are not read; keys of the cache beyond a row's end are not used, NaN included.
     """
-    _check(q, cache, block_tables, w_kv_b, plan, out)
+    _check(q, cache, block_tables, w_kv_b, plan, out, out_scales)
     for piece in range(plan.num_pieces):
-        _gather_keys(plan, cache, block_tables, piece)
-        _expand_keys(plan, w_kv_b, piece)
-        _attend(q, plan, piece, out, scale)
+        gather_keys(plan, cache, block_tables, piece)
+        expand_keys(plan, w_kv_b, piece)
+        attend(q, plan, piece, out, scale, out_scales)
 
 
-def _gather_keys(plan: MlaPrefillPlan, cache: Tensor, block_tables: Tensor, piece: int) -> None:
-    """The piece's latents and rope keys into plan.keys."""
-    _gather_keys_kernel[(plan.piece_keys // _GATHER_ROWS.value,)](
-        cache, block_tables, block_tables.stride(0), plan.blocks, plan.keys, plan.counters[piece:],
-        piece * (plan.piece_keys // BLOCK), PAGE=cache.shape[1], num_warps=4,
-    )  # fmt: skip
-
-
-def _expand_keys(plan: MlaPrefillPlan, w_kv_b: Tensor, piece: int) -> None:
-    """The piece's keys and values of every head, from the latents in plan.keys, into plan.expanded."""
-    weight, expanded = w_kv_b.flatten(0, 1), plan.expanded.flatten(1)
-    piece_blocks = plan.piece_keys // BLOCK
-    _expand_keys_kernel[(plan.num_programs,)](
-        PlainDescriptor.from_tensor(plan.keys, [BLOCK, _EXPAND_K.value]),
-        PlainDescriptor.from_tensor(weight, [EXPANDED_DIM, _EXPAND_K.value]),
-        PlainDescriptor.from_tensor(expanded, [BLOCK, EXPANDED_DIM]),
-        plan.num_blocks, piece * piece_blocks, piece_blocks, weight.shape[0] // EXPANDED_DIM, num_warps=8,
-        num_stages=3,
-    )  # fmt: skip
-
-
-def _attend(q: Tensor, plan: MlaPrefillPlan, piece: int, out: Tensor, scale: float) -> None:
+def attend(
+    q: Tensor, plan: MlaPrefillPlan, piece: int, out: Tensor, scale: float, out_scales: Tensor | None = None
+) -> None:
+    """One piece of `mla_prefill`, whose keys are expanded and whose counter is 0."""
     queries, expanded = q.flatten(1), plan.expanded.flatten(1)
     _attend_kernel[(plan.num_programs,)](
         TensorDescriptor.from_tensor(queries, [BLOCK // 2, NOPE_DIM], _SHARED),
@@ -222,6 +122,8 @@ def _attend(q: Tensor, plan: MlaPrefillPlan, piece: int, out: Tensor, scale: flo
         plan.sums,
         plan.maxima,
         out,
+        out_scales,
+        0 if out_scales is None else out_scales.stride(0),
         scale * math.log2(math.e),
         H=q.shape[1],
         num_warps=4,
@@ -229,7 +131,8 @@ def _attend(q: Tensor, plan: MlaPrefillPlan, piece: int, out: Tensor, scale: flo
 
 
 def _check(
-    q: Tensor, cache: Tensor, block_tables: Tensor, w_kv_b: Tensor, plan: MlaPrefillPlan, out: Tensor
+    q: Tensor, cache: Tensor, block_tables: Tensor, w_kv_b: Tensor, plan: MlaPrefillPlan, out: Tensor,
+    out_scales: Tensor | None,
 ) -> None:  # fmt: skip
     num_tokens, num_heads, dim = q.shape
     width = LATENT_DIM + ROPE_DIM
@@ -245,149 +148,21 @@ def _check(
         )
     if plan.num_pieces > 1 and plan.sums.shape[0] < num_tokens:
         raise ValueError(f"got {num_tokens} tokens; this plan carries sums of {plan.sums.shape[0]}. Make it larger.")
-    tensors = (q, cache, w_kv_b, out)
-    if any(t.dtype != torch.bfloat16 for t in tensors) or block_tables.dtype != torch.int32:
-        raise ValueError(f"got {[t.dtype for t in tensors]}, {block_tables.dtype}; need bfloat16, tables of int32.")
-    if not all(t.is_contiguous() for t in tensors) or block_tables.stride(1) != 1:
+    if any(t.dtype != torch.bfloat16 for t in (q, cache, w_kv_b)) or block_tables.dtype != torch.int32:
+        dtypes = [t.dtype for t in (q, cache, w_kv_b, block_tables)]
+        raise ValueError(f"got q, cache, w_kv_b, block_tables of {dtypes}; need bfloat16 three times, then int32.")
+    if not all(t.is_contiguous() for t in (q, cache, w_kv_b, out)) or block_tables.stride(1) != 1:
         raise ValueError("got a strided q, cache, w_kv_b, out or block table; need contiguous ones.")
-
-
-@triton.jit
-def _row(cu_ptr, starts_ptr, s):
-    """First token, first position and end of row s; no positions if it has no tokens."""
-    first = tl.load(cu_ptr + s)
-    length = tl.load(cu_ptr + s + 1) - first
-    start = tl.load(starts_ptr + s)
-    end = tl.where(length > 0, start + length, 0)
-    start = tl.where(length > 0, start, 0)
-    return first, start, end
-
-
-@triton.jit
-def _find(i, cu_ptr, starts_ptr, num_rows):
-    """Of the i-th tiles: tile of the row's positions (-1: there is none), first token, start, end, first key block."""
-    tile = tl.zeros_like(i) - 1
-    token = tl.zeros_like(i)
-    begin = tl.zeros_like(i)
-    stop = tl.zeros_like(i)
-    base = tl.zeros_like(i)
-    tiles = 0
-    blocks = 0
-    for s in range(num_rows):
-        first, start, end = _row(cu_ptr, starts_ptr, s)
-        low = start // 128
-        high = (end + 127) // 128
-        here = (i >= tiles) & (i < tiles + high - low)
-        tile = tl.where(here, i - tiles + low, tile)
-        token = tl.where(here, first, token)
-        begin = tl.where(here, start, begin)
-        stop = tl.where(here, end, stop)
-        base = tl.where(here, blocks, base)
-        tiles += high - low
-        blocks += high
-    return tile, token, begin, stop, base
-
-
-@triton.jit
-def _piece(tile, base, first_block, piece_blocks):
-    """Key blocks of the tile in the piece: first and number."""
-    low = tl.maximum(base, first_block)
-    high = tl.minimum(base + tile + 1, first_block + piece_blocks)
-    return low, tl.where(tile >= 0, tl.maximum(high - low, 0), 0)
-
-
-@triton.jit(do_not_specialize=["num_items", "piece_blocks"])
-def _plan_items_kernel(
-    cu_ptr, starts_ptr, items_ptr, num_items_ptr, num_rows_ptr, num_items, piece_blocks, WIDTH: tl.constexpr
-):  # fmt: skip
-    """A program ranks 32 tiles of one piece by their number of blocks, then by their order."""
-    piece = tl.program_id(0)
-    num_rows = tl.load(num_rows_ptr)
-    first_block = piece * piece_blocks
-    every = tl.arange(0, WIDTH)
-    tile, token, begin, stop, base = _find(every, cu_ptr, starts_ptr, num_rows)
-    _, cost = _piece(tile, base, first_block, piece_blocks)
-    mine = tl.program_id(1) * _ITEM_TILE + tl.arange(0, _ITEM_TILE)
-    tile, token, begin, stop, base = _find(mine, cu_ptr, starts_ptr, num_rows)
-    low, count = _piece(tile, base, first_block, piece_blocks)
-    before = (cost[None, :] > count[:, None]) | ((cost[None, :] == count[:, None]) & (every[None, :] < mine[:, None]))
-    rank = tl.sum(before.to(tl.int32), 1)
-    here = count > 0
-    entry = items_ptr + (piece * num_items + rank) * _ITEM
-    tl.store(entry, token + tile * 128 - begin, mask=here)
-    tl.store(entry + 1, tl.maximum(begin - tile * 128, 0), mask=here)
-    tl.store(entry + 2, tl.minimum(stop - tile * 128, 128), mask=here)
-    tl.store(entry + 3, (low - first_block) * 128, mask=here)
-    tl.store(entry + 4, count, mask=here)
-    tl.store(entry + 5, (low == base).to(tl.int32), mask=here)
-    tl.store(entry + 6, (low + count == base + tile + 1).to(tl.int32), mask=here)
-    if tl.program_id(1) == 0:
-        tl.store(num_items_ptr + piece, tl.sum((cost > 0).to(tl.int32), 0))
-
-
-@triton.jit(do_not_specialize=["num_blocks"])
-def _plan_blocks_kernel(cu_ptr, starts_ptr, blocks_ptr, num_used_ptr, num_rows_ptr, num_blocks):
-    """Of each key block: whose, from which position on, how many keys; and how many blocks there are."""
-    i = tl.program_id(0) * 128 + tl.arange(0, 128)
-    row = tl.zeros_like(i) - 1
-    position = tl.zeros_like(i)
-    count = tl.zeros_like(i)
-    blocks = 0
-    for s in range(tl.load(num_rows_ptr)):
-        _, _, end = _row(cu_ptr, starts_ptr, s)
-        high = (end + 127) // 128
-        here = (i >= blocks) & (i < blocks + high)
-        row = tl.where(here, s, row)
-        position = tl.where(here, (i - blocks) * 128, position)
-        count = tl.where(here, tl.minimum(end - (i - blocks) * 128, 128), count)
-        blocks += high
-    used = i < num_blocks
-    tl.store(blocks_ptr + i * 4, row, mask=used)
-    tl.store(blocks_ptr + i * 4 + 1, position, mask=used)
-    tl.store(blocks_ptr + i * 4 + 2, count, mask=used)
-    if tl.program_id(0) == 0:
-        tl.store(num_used_ptr, blocks)
-
-
-@triton.jit(do_not_specialize=["first_block", "table_stride"], do_not_specialize_on_alignment=["counter_ptr"])
-def _gather_keys_kernel(
-    cache_ptr, tables_ptr, table_stride, blocks_ptr, keys_ptr, counter_ptr, first_block, PAGE: tl.constexpr
-):  # fmt: skip
-    """16 rows of latents and rope keys; what a block has beyond its keys is zero, so that 0 * value is 0."""
-    PARTS: tl.constexpr = 128 // _GATHER_ROWS
-    if tl.program_id(0) == 0:
-        tl.store(counter_ptr, 0)  # of the attention that follows
-    block = tl.program_id(0) // PARTS
-    entry = blocks_ptr + (first_block + block) * 4
-    row = tl.load(entry)
-    if row >= 0:
-        offset = (tl.program_id(0) % PARTS) * _GATHER_ROWS + tl.arange(0, _GATHER_ROWS)
-        used = offset < tl.load(entry + 2)
-        position = tl.load(entry + 1) + offset
-        page = tl.load(tables_ptr + row.to(tl.int64) * table_stride + position // PAGE, mask=used, other=0)
-        source = cache_ptr + (page.to(tl.int64) * PAGE + position % PAGE)[:, None] * 576
-        target = keys_ptr + (block * 128 + offset)[:, None] * 576
-        latent = tl.arange(0, 512)[None, :]
-        tl.store(target + latent, tl.load(source + latent, mask=used[:, None], other=0.0))
-        rope = 512 + tl.arange(0, 64)[None, :]
-        tl.store(target + rope, tl.load(source + rope, mask=used[:, None], other=0.0))
-
-
-@triton.jit(do_not_specialize=["first_block", "piece_blocks", "num_heads"])
-def _expand_keys_kernel(keys_desc, weight_desc, out_desc, num_blocks_ptr, first_block, piece_blocks, num_heads):
-    """Persistent over tiles of 128 keys of one head: [128, 512] @ [512, 256], fp32 sums. Keys of the blocks in use."""
-    num_blocks = tl.minimum(tl.maximum(tl.load(num_blocks_ptr) - first_block, 0), piece_blocks)
-    for tile in tl.range(tl.program_id(0), num_blocks * num_heads, tl.num_programs(0), flatten=True):
-        group = tile // (_EXPAND_GROUP * num_heads) * _EXPAND_GROUP
-        size = tl.minimum(num_blocks - group, _EXPAND_GROUP)
-        inside = tile - group * num_heads
-        row = (group + inside % size) * 128
-        column = inside // size * 256
-        total = tl.zeros((128, 256), tl.float32)
-        for k in range(0, 512, _EXPAND_K):
-            weight = weight_desc.load([column, k])
-            total = tl.dot(keys_desc.load([row, k]), weight.T, total)
-        out_desc.store([row, column], total.to(tl.bfloat16))
+    if out.dtype != (torch.bfloat16 if out_scales is None else torch.float8_e4m3fn):
+        raise ValueError(
+            f"got out {out.dtype}, scales: {out_scales is not None}; need e4m3 with scales or bfloat16 without."
+        )
+    if out_scales is not None and (
+        out_scales.shape[0] != num_heads or out_scales.shape[1] < num_tokens or out_scales.stride(1) != 1
+    ):
+        raise ValueError(
+            f"got out_scales {tuple(out_scales.shape)}; need contiguous rows [{num_heads}, >= {num_tokens}]."
+        )
 
 
 @gluon.jit
@@ -477,26 +252,37 @@ def _softmax(s, m, total, scale_log2, is_diagonal, first_row, layout: gl.constex
 
 
 @gluon.jit
-def _store_out(out_ptr, acc, row, low, high, head, first_row, H: gl.constexpr):
-    # 8 values a thread, so that a warp writes 64 bytes of each of 8 rows: the accumulator's layout has 2 values.
-    wide: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 128],
-    )
-    rows = gl.arange(0, 64, gl.SliceLayout(1, wide)) + first_row
-    columns = gl.arange(0, 128, gl.SliceLayout(0, wide))
+def _store_rows(out_ptr, x, row, low, high, head, first_row, H: gl.constexpr, layout: gl.constexpr):
+    rows = gl.arange(0, 64, gl.SliceLayout(1, layout)) + first_row
+    columns = gl.arange(0, 128, gl.SliceLayout(0, layout))
     target = out_ptr + ((row + rows).to(gl.int64) * H + head)[:, None] * 128 + columns[None, :]
     used = (rows >= low) & (rows < high)
-    gl.store(target, gl.convert_layout(acc.to(gl.bfloat16), wide), mask=used[:, None])
+    gl.store(target, gl.convert_layout(x, layout), mask=used[:, None])
+
+
+@gluon.jit
+def _store_out(
+    out_ptr, scales_ptr, scales_stride, acc, row, low, high, head, first_row, H: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """acc [64, 128], of `layout`: rounded to bf16, and quantised from that where there are scales."""
+    rounded = acc.to(gl.bfloat16)
+    if scales_ptr is None:
+        _store_rows(out_ptr, rounded, row, low, high, head, first_row, H, _WIDE_BF16)
+    else:
+        x = rounded.to(gl.float32)
+        scale = gl.maximum(gl.max(gl.abs(x), 1), 1e-4) * (1.0 / 448.0)
+        rows = gl.arange(0, 64, gl.SliceLayout(1, layout)) + first_row
+        used = (rows >= low) & (rows < high)
+        gl.store(scales_ptr + head.to(gl.int64) * scales_stride + row + rows, scale, mask=used)
+        x = x * gl.div_rn(gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, layout)), scale)[:, None]
+        _store_rows(out_ptr, x.to(gl.float8e4nv), row, low, high, head, first_row, H, _WIDE_FP8)
 
 
 @gluon.jit
 def _attend_partition(
     q_nope, q_rope, k_nope, k_rope, v, units, q_full, q_empty, k_full, k_empty, v_full, v_empty, unit_full, unit_empty,
-    items_ptr, num_items_ptr, sums_ptr, maxima_ptr, out_ptr, scale_log2, H: gl.constexpr, SIDE: gl.constexpr
+    items_ptr, num_items_ptr, sums_ptr, maxima_ptr, out_ptr, scales_ptr, scales_stride, scale_log2, H: gl.constexpr,
+    SIDE: gl.constexpr
 ):  # fmt: skip
     """Queries [64 SIDE, 64 SIDE + 64) of each tile."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -565,17 +351,18 @@ def _attend_partition(
         turn += 1
         unit = _next_unit(units, unit_full, unit_empty, turn)
         if is_last == 1:
-            _store_out(out_ptr, acc * (1.0 / total)[:, None], row, low, high, head, FIRST, H)
+            acc = acc * (1.0 / total)[:, None]
+            _store_out(out_ptr, scales_ptr, scales_stride, acc, row, low, high, head, FIRST, H, layout)
         else:
             gl.store(maxima_ptr + token * 2, m, mask=used)
             gl.store(maxima_ptr + token * 2 + 1, total, mask=used)
             gl.store(sums_ptr + token[:, None] * 128 + columns[None, :], acc, mask=used[:, None])
 
 
-@gluon.jit(do_not_specialize_on_alignment=["num_items_ptr", "counter_ptr"])
+@gluon.jit(do_not_specialize=["scales_stride"], do_not_specialize_on_alignment=["num_items_ptr", "counter_ptr"])
 def _attend_kernel(
     q_desc, q_rope_desc, kv_desc, rope_desc, items_ptr, num_items_ptr, counter_ptr, sums_ptr, maxima_ptr, out_ptr,
-    scale_log2, H: gl.constexpr
+    scales_ptr, scales_stride, scale_log2, H: gl.constexpr
 ):  # fmt: skip
     bf16: gl.constexpr = gl.bfloat16
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -607,12 +394,12 @@ def _attend_kernel(
     gl.warp_specialize([
         (_attend_partition, (
             q_nope.index(0), q_rope.index(0), k_nope, k_rope, v, units, q_full, q_empty, k_full, k_empty, v_full,
-            v_empty, unit_full, unit_empty, items_ptr, num_items_ptr, sums_ptr, maxima_ptr, out_ptr, scale_log2, H,
-            gl.constexpr(0))),
+            v_empty, unit_full, unit_empty, items_ptr, num_items_ptr, sums_ptr, maxima_ptr, out_ptr, scales_ptr,
+            scales_stride, scale_log2, H, gl.constexpr(0))),
         (_attend_partition, (
             q_nope.index(1), q_rope.index(1), k_nope, k_rope, v, units, q_full, q_empty, k_full, k_empty, v_full,
-            v_empty, unit_full, unit_empty, items_ptr, num_items_ptr, sums_ptr, maxima_ptr, out_ptr, scale_log2, H,
-            gl.constexpr(1))),
+            v_empty, unit_full, unit_empty, items_ptr, num_items_ptr, sums_ptr, maxima_ptr, out_ptr, scales_ptr,
+            scales_stride, scale_log2, H, gl.constexpr(1))),
         (_load_partition, (
             q_desc, q_rope_desc, kv_desc, rope_desc, q_nope, q_rope, k_nope, k_rope, v, units, q_full, q_empty, k_full,
             k_empty, v_full, v_empty, unit_full, unit_empty, items_ptr, num_items_ptr, counter_ptr, H)),

@@ -25,7 +25,6 @@ stage's rope keys, which are dead by then.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -44,114 +43,55 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
-LATENT_DIM = 512
-ROPE_DIM = 64
-HEAD_TILE = 64
-MERGE_HEADS = 8
-# Pieces of 2,048 keys: a context of 2,000 is one piece, so that no partial result goes through memory at 256 rows.
-DEFAULT_SPLIT = 2048
+from nmoe_backend.kernels.mla_sm90.decode_plan import HEAD_TILE, LATENT_DIM, MlaDecodePlan
 
-_TILE = gl.constexpr(64)  # heads of a program
+ROPE_DIM = 64
+MERGE_PIECES = 8
+AHEAD = 4
+
+_TILE = gl.constexpr(HEAD_TILE)  # heads of a program
 _BLOCK = gl.constexpr(64)  # keys of a stage
 _STAGES = gl.constexpr(2)
 _SHARED = gl.NVMMASharedLayout(128, 16, rank=2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MlaDecodePlan:
-    """Static device buffers: the work list of a step and the partial results of rows in several pieces."""
-
-    split: int
-    items: Tensor  # [I, 4] int32: row, first key, keys, partial slot (-1: writes `out` itself)
-    num_items: Tensor  # [1] int32
-    row_slots: Tensor  # [S, 2] int32: first partial slot (-1: none), pieces
-    partial: Tensor  # [slots, H, 512] fp32
-    lse: Tensor  # [slots, H] fp32, base 2
-    num_programs: int
-
-
-def make_mla_decode_plan(
-    max_rows: int, max_len: int, max_tokens: int, num_heads: int, device: torch.device, split: int = DEFAULT_SPLIT
-) -> MlaDecodePlan:
-    """Buffers for steps of at most `max_rows` rows of at most `max_len` keys, `max_tokens` keys in all.
-
-    Rows that share pages count them each. Raises ValueError for a shape that the kernel does not have.
-    """
-    if split % 64 or split <= 0 or num_heads % HEAD_TILE or max_rows <= 0:
-        raise ValueError(
-            f"got split={split}, num_heads={num_heads}, max_rows={max_rows}; need a positive multiple of 64, a "
-            f"multiple of {HEAD_TILE}, and at least one row."
-        )
-    num_items = min(max_rows * math.ceil(max_len / split), max_rows + max_tokens // split)
-    # A row in n > 1 pieces holds more than (n - 1) * split >= n * split / 2 keys.
-    num_slots = min(num_items, 2 * max_tokens // split) if max_len > split else 0
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    return MlaDecodePlan(
-        split=split,
-        items=zeros(num_items, 4),
-        num_items=zeros(1),
-        row_slots=zeros(max_rows, 2),
-        partial=zeros(num_slots, num_heads, LATENT_DIM, dtype=torch.float32),
-        lse=zeros(num_slots, num_heads, dtype=torch.float32),
-        num_programs=torch.cuda.get_device_properties(device).multi_processor_count,
-    )
-
-
-def plan_mla_decode(plan: MlaDecodePlan, context_lens: Tensor) -> None:
-    """Fills the plan from context_lens [S] on the device; once a step, before the first layer."""
-    num_rows = context_lens.shape[0]
-    if num_rows > plan.row_slots.shape[0]:
-        raise ValueError(f"got {num_rows} rows; this plan holds {plan.row_slots.shape[0]}. Make it larger.")
-    _plan_kernel[(1,)](
-        context_lens,
-        plan.items,
-        plan.num_items,
-        plan.row_slots,
-        num_rows,
-        plan.split,
-        ROWS=triton.next_power_of_2(max(num_rows, 32)),
-        num_warps=8,
-    )
 
 
 def mla_decode(q: Tensor, cache: Tensor, block_tables: Tensor, plan: MlaDecodePlan, out: Tensor, scale: float) -> None:
     """Writes out [S, H, 512]; the plan is that of this step's context_lens. Table entries beyond a row's own pages are
     not read."""
     _check_shapes(q, cache, block_tables, out)
-    num_rows, num_heads, dim = q.shape
+    _, num_heads, dim = q.shape
     page_size = cache.shape[1]
     flat_q, flat_cache = q.view(-1, dim), cache.view(-1, dim)
-    _mla_decode_kernel[(plan.num_programs,)](
+    num_tiles = num_heads // HEAD_TILE
+    _mla_decode_kernel[(plan.num_groups * num_tiles,)](
         TensorDescriptor.from_tensor(flat_q, [HEAD_TILE, LATENT_DIM], _SHARED),
         TensorDescriptor.from_tensor(flat_q, [HEAD_TILE, ROPE_DIM], _SHARED),
         TensorDescriptor.from_tensor(flat_cache, [page_size, LATENT_DIM], _SHARED),
         TensorDescriptor.from_tensor(flat_cache, [page_size, ROPE_DIM], _SHARED),
+        cache,
         block_tables,
         block_tables.stride(0),
         plan.items,
-        plan.num_items,
+        plan.group_items,
         out,
         plan.partial,
         plan.lse,
         scale * math.log2(math.e),
-        TILES=num_heads // HEAD_TILE,
+        TILES=num_tiles,
         PAGE=page_size,
+        AHEAD=AHEAD,
         num_warps=4,
         launch_pdl=True,
     )
     if plan.partial.shape[0]:
-        num_groups = num_rows * (num_heads // MERGE_HEADS)
-        _merge_kernel[(plan.num_programs * 4,)](
+        _merge_kernel[(plan.num_groups * num_tiles * 8,)](
             plan.partial,
             plan.lse,
-            plan.row_slots,
+            plan.merges,
+            plan.num_merges,
             out,
-            num_groups,
             H=num_heads,
-            GROUP=MERGE_HEADS,
+            PIECES=MERGE_PIECES,
             num_warps=4,
             launch_pdl=True,
         )
@@ -175,8 +115,16 @@ def _check_shapes(q: Tensor, cache: Tensor, block_tables: Tensor, out: Tensor) -
 
 
 @gluon.jit
-def _item(items_ptr, work, TILES: gl.constexpr):
-    entry = items_ptr + (work // TILES) * 4
+def _share(group_items_ptr, TILES: gl.constexpr):
+    """This program's tile of heads, and its group's items: from the first one to behind the last one."""
+    group = group_items_ptr + gl.program_id(0) // TILES
+    return gl.program_id(0) % TILES, gl.load(group), gl.load(group + 1)
+
+
+@gluon.jit
+def _item(items_ptr, item):
+    """Row, first key, keys and partial slot."""
+    entry = items_ptr + item * 4
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
 
 
@@ -232,6 +180,20 @@ def _fetch_keys(  # noqa: PLR0913
 
 
 @gluon.jit
+def _prefetch(cache_ptr, y, tile, PAGE: gl.constexpr):
+    """Asks for a page to be in L2: one thread of a warpgroup, in the program of the group's first tile."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; or.b32 t, t, $2; setp.eq.u32 p, t, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
+        "=r,l,r,r",
+        [cache_ptr + y.to(gl.int64) * 576, tile, PAGE * 1152],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _fetch_queries(q_desc, q_rope_desc, q_latent, q_rope, bar, head):
     mbarrier.expect(bar, 64 * 576 * 2)
     tma.async_copy_global_to_shared(q_desc, [head, 0], bar, q_latent)
@@ -239,37 +201,36 @@ def _fetch_queries(q_desc, q_rope_desc, q_latent, q_rope, bar, head):
 
 
 @gluon.jit
-def _advance(items_ptr, num_work, work, j, row, first, num_keys, TILES: gl.constexpr):
+def _advance(items_ptr, end, item, j, row, first, num_keys):
     """The load cursor's next block, across items."""
     j += 1
     if j * _BLOCK >= num_keys:
         j = 0
-        work += gl.num_programs(0)
-        if work < num_work:
-            row, first, num_keys, _ = _item(items_ptr, work, TILES)
-    return work, j, row, first, num_keys
+        item += 1
+        if item < end:
+            row, first, num_keys, _ = _item(items_ptr, item)
+    return item, j, row, first, num_keys
 
 
 @gluon.jit
 def _scores_partition(  # noqa: PLR0913
     q_desc, q_rope_desc, q_latent, q_rope, k_latent, k_rope, factors, q_full, k_full, p_full, p_empty, items_ptr,
-    num_items_ptr, lse_ptr, scale_log2, TILES: gl.constexpr
+    group_items_ptr, tables_ptr, table_stride, cache_ptr, lse_ptr, scale_log2, TILES: gl.constexpr, PAGE: gl.constexpr,
+    AHEAD: gl.constexpr
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     rows_layout: gl.constexpr = gl.SliceLayout(1, layout)
     gdc_wait()
-    num_work = gl.load(num_items_ptr) * TILES
+    tile, begin, end = _share(group_items_ptr, TILES)
     columns = gl.arange(0, _BLOCK, layout=gl.SliceLayout(0, layout))
     heads = gl.arange(0, _TILE, layout=rows_layout)
-    start = gl.program_id(0)
-    stride = gl.num_programs(0)
-    row, _, num_keys, slot = _item(items_ptr, gl.minimum(start, num_work - 1), TILES)
-    if start < num_work:
-        _fetch_queries(q_desc, q_rope_desc, q_latent, q_rope, q_full, (row * TILES + start % TILES) * _TILE)
+    row, first, num_keys, slot = _item(items_ptr, gl.where(begin < end, begin, 0))
+    if begin < end:
+        _fetch_queries(q_desc, q_rope_desc, q_latent, q_rope, q_full, (row * TILES + tile) * _TILE)
     step = 0  # blocks so far
     sent = 0  # messages to the values partitions so far: blocks and item ends
     turn = 0  # items so far
-    for work in range(start, num_work, stride):
+    for item in range(begin, end):
         m = gl.full([_TILE], -1e30, gl.float32, layout=rows_layout)
         total = gl.zeros([_TILE], gl.float32, layout=rows_layout)
         mbarrier.wait(q_full, turn & 1)
@@ -286,6 +247,8 @@ def _scores_partition(  # noqa: PLR0913
             token = warpgroup_mma(
                 q_latent.slice(256, 256, 1), k.slice(256, 256, 1).permute((1, 0)), token, is_async=True
             )
+            if AHEAD > 0:
+                z0, z1, z2, z3 = _page_rows(tables_ptr, table_stride, row, first, num_keys, j + AHEAD, PAGE)
             s = warpgroup_mma_wait(0, deps=[token])
             s = gl.where((columns < num_keys - j * _BLOCK)[None, :], s * scale_log2, float("-inf"))
             m_new = gl.maximum(m, gl.max(s, 1))
@@ -299,18 +262,23 @@ def _scores_partition(  # noqa: PLR0913
             gl.thread_barrier()
             mbarrier.arrive(p_full.index(buffer), count=1)
             total = total * alpha + gl.sum(p, 1)
+            if AHEAD > 0:
+                _prefetch(cache_ptr, z0, tile, PAGE)
+                if PAGE < 64:
+                    _prefetch(cache_ptr, z1, tile, PAGE)
+                if PAGE < 32:
+                    _prefetch(cache_ptr, z2, tile, PAGE)
+                    _prefetch(cache_ptr, z3, tile, PAGE)
             step += 1
             sent += 1
         if slot >= 0:
             lse = gl.where(total > 0, m + gl.log2(total), float("-inf"))
-            gl.store(lse_ptr + (slot.to(gl.int64) * TILES + work % TILES) * _TILE + heads, lse)
+            gl.store(lse_ptr + (slot.to(gl.int64) * TILES + tile) * _TILE + heads, lse)
         turn += 1  # noqa: SIM113
-        following = work + stride
-        if following < num_work:
-            row, _, num_keys, slot = _item(items_ptr, following, TILES)
+        if item + 1 < end:
+            row, first, num_keys, slot = _item(items_ptr, item + 1)
             gl.thread_barrier()
-            head = (row * TILES + following % TILES) * _TILE
-            _fetch_queries(q_desc, q_rope_desc, q_latent, q_rope, q_full, head)
+            _fetch_queries(q_desc, q_rope_desc, q_latent, q_rope, q_full, (row * TILES + tile) * _TILE)
         buffer = sent % 2
         mbarrier.wait(p_empty.index(buffer), ((sent // 2) & 1) ^ 1)
         factors.index(buffer).store(gl.where(total > 0, 1.0 / total, 0.0))
@@ -321,38 +289,35 @@ def _scores_partition(  # noqa: PLR0913
 
 @gluon.jit
 def _values_partition(  # noqa: PLR0913
-    kv_desc, rope_desc, k_latent, k_rope, factors, k_full, p_full, p_empty, items_ptr, num_items_ptr, tables_ptr,
-    table_stride, out_ptr, partial_ptr, TILES: gl.constexpr, PAGE: gl.constexpr, SIDE: gl.constexpr
+    kv_desc, rope_desc, k_latent, k_rope, factors, k_full, p_full, p_empty, items_ptr, group_items_ptr,
+    tables_ptr, table_stride, out_ptr, partial_ptr, TILES: gl.constexpr, PAGE: gl.constexpr, SIDE: gl.constexpr
 ):  # fmt: skip
     HALF: gl.constexpr = 256
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     rows_layout: gl.constexpr = gl.SliceLayout(1, layout)
     tail_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     gdc_wait()
-    num_work = gl.load(num_items_ptr) * TILES
+    tile, begin, end = _share(group_items_ptr, TILES)
     heads = gl.arange(0, _TILE, layout=rows_layout)
     columns = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout)) + SIDE * HALF
     offsets = heads[:, None] * 512 + columns[None, :]
     tail_rows = gl.arange(0, _BLOCK, layout=gl.SliceLayout(1, tail_layout))
-    start = gl.program_id(0)
-    l_work = start
+    l_item = begin
     l_j = 0
     if SIDE == 0:  # this side loads: first a block for each stage, then block j + 2 once block j is used up
-        l_row, l_first, l_keys, _ = _item(items_ptr, gl.minimum(start, num_work - 1), TILES)
+        l_row, l_first, l_keys, _ = _item(items_ptr, gl.where(begin < end, begin, 0))
         for i in gl.static_range(_STAGES):
             if i > 0:
-                l_work, l_j, l_row, l_first, l_keys = _advance(
-                    items_ptr, num_work, l_work, l_j, l_row, l_first, l_keys, TILES
-                )
+                l_item, l_j, l_row, l_first, l_keys = _advance(items_ptr, end, l_item, l_j, l_row, l_first, l_keys)
             y0, y1, y2, y3 = _page_rows(tables_ptr, table_stride, l_row, l_first, l_keys, l_j, PAGE)
             _fetch_keys(
                 kv_desc, rope_desc, k_latent.index(i), k_rope.index(i), k_full.index(i), y0, y1, y2, y3,
-                l_work < num_work, PAGE
+                l_item < end, PAGE
             )  # fmt: skip
     step = 0
     sent = 0
-    for work in range(start, num_work, gl.num_programs(0)):
-        row, _, num_keys, slot = _item(items_ptr, work, TILES)
+    for item in range(begin, end):
+        row, _, num_keys, slot = _item(items_ptr, item)
         acc = gl.zeros([_TILE, HALF], gl.float32, layout=layout)
         for j in range(gl.maximum((num_keys + _BLOCK - 1) // _BLOCK, 1)):
             stage = step % _STAGES
@@ -369,9 +334,7 @@ def _values_partition(  # noqa: PLR0913
             acc = acc * factors.index(buffer).load(rows_layout)[:, None]
             token = warpgroup_mma(k_rope.index(stage), value, acc, is_async=True)
             if SIDE == 0:
-                l_work, l_j, l_row, l_first, l_keys = _advance(
-                    items_ptr, num_work, l_work, l_j, l_row, l_first, l_keys, TILES
-                )
+                l_item, l_j, l_row, l_first, l_keys = _advance(items_ptr, end, l_item, l_j, l_row, l_first, l_keys)
                 y0, y1, y2, y3 = _page_rows(tables_ptr, table_stride, l_row, l_first, l_keys, l_j, PAGE)
             acc = warpgroup_mma_wait(0, deps=[token])
             gl.thread_barrier()
@@ -380,7 +343,7 @@ def _values_partition(  # noqa: PLR0913
                 mbarrier.wait(p_empty.index(buffer), (sent // 2) & 1)
                 _fetch_keys(
                     kv_desc, rope_desc, k_latent.index(stage), k_rope.index(stage), k_full.index(stage), y0, y1, y2, y3,
-                    l_work < num_work, PAGE
+                    l_item < end, PAGE
                 )  # fmt: skip
             step += 1
             sent += 1
@@ -392,15 +355,15 @@ def _values_partition(  # noqa: PLR0913
         sent += 1
         acc = acc * inverse[:, None]
         if slot >= 0:
-            gl.store(partial_ptr + (slot.to(gl.int64) * TILES + work % TILES) * (_TILE * 512) + offsets, acc)
+            gl.store(partial_ptr + (slot.to(gl.int64) * TILES + tile) * (_TILE * 512) + offsets, acc)
         else:
-            gl.store(out_ptr + (row.to(gl.int64) * TILES + work % TILES) * (_TILE * 512) + offsets, acc.to(gl.bfloat16))
+            gl.store(out_ptr + (row.to(gl.int64) * TILES + tile) * (_TILE * 512) + offsets, acc.to(gl.bfloat16))
 
 
 @gluon.jit(do_not_specialize=["table_stride"])
 def _mla_decode_kernel(  # noqa: PLR0913
-    q_desc, q_rope_desc, kv_desc, rope_desc, tables_ptr, table_stride, items_ptr, num_items_ptr, out_ptr, partial_ptr,
-    lse_ptr, scale_log2, TILES: gl.constexpr, PAGE: gl.constexpr
+    q_desc, q_rope_desc, kv_desc, rope_desc, cache_ptr, tables_ptr, table_stride, items_ptr, group_items_ptr, out_ptr,
+    partial_ptr, lse_ptr, scale_log2, TILES: gl.constexpr, PAGE: gl.constexpr, AHEAD: gl.constexpr
 ):  # fmt: skip
     bf16: gl.constexpr = gl.bfloat16
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -422,76 +385,42 @@ def _mla_decode_kernel(  # noqa: PLR0913
     gl.warp_specialize([
         (_scores_partition, (
             q_desc, q_rope_desc, q_latent, q_rope, k_latent, k_rope, factors, q_full, k_full, p_full, p_empty,
-            items_ptr, num_items_ptr, lse_ptr, scale_log2, TILES)),
+            items_ptr, group_items_ptr, tables_ptr, table_stride, cache_ptr, lse_ptr, scale_log2, TILES, PAGE, AHEAD)),
         (_values_partition, (
-            kv_desc, rope_desc, k_latent, k_rope, factors, k_full, p_full, p_empty, items_ptr, num_items_ptr,
-            tables_ptr, table_stride, out_ptr, partial_ptr, TILES, PAGE, gl.constexpr(0))),
+            kv_desc, rope_desc, k_latent, k_rope, factors, k_full, p_full, p_empty, items_ptr,
+            group_items_ptr, tables_ptr, table_stride, out_ptr, partial_ptr, TILES, PAGE, gl.constexpr(0))),
         (_values_partition, (
-            kv_desc, rope_desc, k_latent, k_rope, factors, k_full, p_full, p_empty, items_ptr, num_items_ptr,
-            tables_ptr, table_stride, out_ptr, partial_ptr, TILES, PAGE, gl.constexpr(1))),
+            kv_desc, rope_desc, k_latent, k_rope, factors, k_full, p_full, p_empty, items_ptr,
+            group_items_ptr, tables_ptr, table_stride, out_ptr, partial_ptr, TILES, PAGE, gl.constexpr(1))),
     ], [4, 4], [168, 168])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "split"])
-def _plan_kernel(lens_ptr, items_ptr, num_items_ptr, row_slots_ptr, num_rows, split, ROWS: tl.constexpr):
-    """One program. Whole pieces come first, then the rests by size, equal ones by row; length 0 is a rest."""
-    rows = tl.arange(0, ROWS)
-    used = rows < num_rows
-    lens = tl.load(lens_ptr + rows, mask=used, other=0).to(tl.int32)
-    whole = lens // split
-    rest = tl.where(used & ((lens > whole * split) | (lens == 0)), lens - whole * split, -1)
-    rank = tl.zeros([ROWS], tl.int32)
-    for i in range(0, num_rows):
-        length = tl.load(lens_ptr + i).to(tl.int32)
-        other = tl.where((length % split != 0) | (length == 0), length % split, -1)
-        rank += ((other > rest) | ((other == rest) & (i < rows))).to(tl.int32)
-    pieces = tl.where(used, whole + (rest >= 0).to(tl.int32), 0)
-    several = pieces > 1
-    slots = tl.where(several, pieces, 0)
-    first_slot = tl.cumsum(slots, 0) - slots
-    first_whole = tl.cumsum(whole, 0) - whole
-    num_whole = tl.sum(whole, 0)
-    tl.store(num_items_ptr, num_whole + tl.sum((rest >= 0).to(tl.int32), 0))
-    tl.store(row_slots_ptr + rows * 2, tl.where(several, first_slot, -1), mask=used)
-    tl.store(row_slots_ptr + rows * 2 + 1, pieces, mask=used)
-    for c in range(0, tl.max(whole, 0)):
-        entry = items_ptr + (first_whole + c) * 4
-        here = c < whole
-        tl.store(entry, rows, mask=here)
-        tl.store(entry + 1, tl.zeros([ROWS], tl.int32) + c * split, mask=here)
-        tl.store(entry + 2, tl.zeros([ROWS], tl.int32) + split, mask=here)
-        tl.store(entry + 3, tl.where(several, first_slot + c, -1), mask=here)
-    entry = items_ptr + (num_whole + rank) * 4
-    here = rest >= 0
-    tl.store(entry, rows, mask=here)
-    tl.store(entry + 1, whole * split, mask=here)
-    tl.store(entry + 2, rest, mask=here)
-    tl.store(entry + 3, tl.where(several, first_slot + whole, -1), mask=here)
-
-
 @triton.jit
-def _merge_kernel(partial_ptr, lse_ptr, row_slots_ptr, out_ptr, num_groups, H: tl.constexpr, GROUP: tl.constexpr):
-    """Persistent: a program takes (row, GROUP heads) after another; sums chunks in their order."""
+def _merge_kernel(
+    partial_ptr, lse_ptr, merges_ptr, num_merges_ptr, out_ptr, H: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
+    """Persistent: a program takes a head of a row in several pieces after another; adds them in their order."""
     columns = tl.arange(0, 512)
-    lanes = tl.arange(0, GROUP)
     gdc_wait()
-    for work in range(tl.program_id(0), num_groups, tl.num_programs(0)):
-        row = work // (H // GROUP)
-        heads = (work % (H // GROUP)) * GROUP + lanes
-        slot = tl.load(row_slots_ptr + row * 2).to(tl.int64)
-        count = tl.load(row_slots_ptr + row * 2 + 1)
-        if slot >= 0:
-            m = tl.full([GROUP], float("-inf"), tl.float32)
-            for c in range(count):
-                m = tl.maximum(m, tl.load(lse_ptr + (slot + c) * H + heads))
-            acc = tl.zeros([GROUP, 512], tl.float32)
-            total = tl.zeros([GROUP], tl.float32)
-            for c in range(count):
-                w = tl.exp2(tl.load(lse_ptr + (slot + c) * H + heads) - m)
-                x = tl.load(partial_ptr + ((slot + c) * H + heads)[:, None] * 512 + columns[None, :])
-                acc += x * w[:, None]
-                total += w
-            tl.store(
-                out_ptr + (row.to(tl.int64) * H + heads)[:, None] * 512 + columns[None, :],
-                (acc / total[:, None]).to(tl.bfloat16),
-            )
+    for work in range(tl.program_id(0), tl.load(num_merges_ptr) * H, tl.num_programs(0)):
+        entry = merges_ptr + work // H * 3
+        head = work % H
+        row = tl.load(entry).to(tl.int64)
+        slot = tl.load(entry + 1).to(tl.int64)
+        count = tl.load(entry + 2)
+        m = float("-inf")
+        for c in range(0, count, PIECES):
+            pieces = c + tl.arange(0, PIECES)
+            lse = tl.load(lse_ptr + (slot + pieces) * H + head, mask=pieces < count, other=float("-inf"))
+            m = tl.maximum(m, tl.max(lse, 0))
+        acc = tl.zeros([512], tl.float32)
+        total = 0.0
+        for c in range(0, count, PIECES):
+            pieces = c + tl.arange(0, PIECES)
+            used = pieces < count
+            w = tl.exp2(tl.load(lse_ptr + (slot + pieces) * H + head, mask=used, other=float("-inf")) - m)
+            rows = ((slot + pieces) * H + head)[:, None] * 512
+            x = tl.load(partial_ptr + rows + columns[None, :], mask=used[:, None], other=0.0)
+            acc += tl.sum(x * w[:, None], 0)
+            total += tl.sum(w, 0)
+        tl.store(out_ptr + (row * H + head) * 512 + columns, (acc / total).to(tl.bfloat16))
