@@ -27,8 +27,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -43,10 +41,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
+from nmoe_backend.kernels.mla_sm90.decode_merge import merge_pieces
 from nmoe_backend.kernels.mla_sm90.decode_plan import HEAD_TILE, LATENT_DIM, MlaDecodePlan
 
 ROPE_DIM = 64
-MERGE_PIECES = 8
 AHEAD = 4
 
 _TILE = gl.constexpr(HEAD_TILE)  # heads of a program
@@ -84,17 +82,7 @@ def mla_decode(q: Tensor, cache: Tensor, block_tables: Tensor, plan: MlaDecodePl
         launch_pdl=True,
     )
     if plan.partial.shape[0]:
-        _merge_kernel[(plan.num_groups * num_tiles * 8,)](
-            plan.partial,
-            plan.lse,
-            plan.merges,
-            plan.num_merges,
-            out,
-            H=num_heads,
-            PIECES=MERGE_PIECES,
-            num_warps=4,
-            launch_pdl=True,
-        )
+        merge_pieces(plan, out)
 
 
 def _check_shapes(q: Tensor, cache: Tensor, block_tables: Tensor, out: Tensor) -> None:
@@ -393,34 +381,3 @@ def _mla_decode_kernel(  # noqa: PLR0913
             kv_desc, rope_desc, k_latent, k_rope, factors, k_full, p_full, p_empty, items_ptr,
             group_items_ptr, tables_ptr, table_stride, out_ptr, partial_ptr, TILES, PAGE, gl.constexpr(1))),
     ], [4, 4], [168, 168])  # fmt: skip
-
-
-@triton.jit
-def _merge_kernel(
-    partial_ptr, lse_ptr, merges_ptr, num_merges_ptr, out_ptr, H: tl.constexpr, PIECES: tl.constexpr
-):  # fmt: skip
-    """Persistent: a program takes a head of a row in several pieces after another; adds them in their order."""
-    columns = tl.arange(0, 512)
-    gdc_wait()
-    for work in range(tl.program_id(0), tl.load(num_merges_ptr) * H, tl.num_programs(0)):
-        entry = merges_ptr + work // H * 3
-        head = work % H
-        row = tl.load(entry).to(tl.int64)
-        slot = tl.load(entry + 1).to(tl.int64)
-        count = tl.load(entry + 2)
-        m = float("-inf")
-        for c in range(0, count, PIECES):
-            pieces = c + tl.arange(0, PIECES)
-            lse = tl.load(lse_ptr + (slot + pieces) * H + head, mask=pieces < count, other=float("-inf"))
-            m = tl.maximum(m, tl.max(lse, 0))
-        acc = tl.zeros([512], tl.float32)
-        total = 0.0
-        for c in range(0, count, PIECES):
-            pieces = c + tl.arange(0, PIECES)
-            used = pieces < count
-            w = tl.exp2(tl.load(lse_ptr + (slot + pieces) * H + head, mask=used, other=float("-inf")) - m)
-            rows = ((slot + pieces) * H + head)[:, None] * 512
-            x = tl.load(partial_ptr + rows + columns[None, :], mask=used[:, None], other=0.0)
-            acc += tl.sum(x * w[:, None], 0)
-            total += tl.sum(w, 0)
-        tl.store(out_ptr + (row * H + head) * 512 + columns, (acc / total).to(tl.bfloat16))

@@ -68,25 +68,15 @@ _BLOCK = gl.constexpr(128)
 _STAGES = gl.constexpr(2)
 _HEAD_GROUP = gl.constexpr(HEAD_GROUP)
 _SHARED = gl.NVMMASharedLayout(128, 16, rank=2)
-# To store a [64, 128] tile with 16 bytes a thread: the accumulator's layout has 2 neighbours.
-_WIDE_BF16 = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 128],
-    )
-)
-_WIDE_FP8 = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [4, 0], [8, 0]],
-        lane_bases=[[0, 16], [0, 32], [0, 64], [1, 0], [2, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 128],
-    )
-)
+# To store a [64, 128] tile with 16 bytes a thread, where the accumulator's layout has 2 neighbours: bits of the place
+# in a thread, of the lane, of the warp.
+_WARPS = [[16, 0], [32, 0]]
+_WIDE_BF16 = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], _WARPS, [], [64, 128]
+))  # fmt: skip
+_WIDE_FP8 = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 1], [0, 2], [0, 4], [0, 8], [4, 0], [8, 0]], [[0, 16], [0, 32], [0, 64], [1, 0], [2, 0]], _WARPS, [], [64, 128]
+))  # fmt: skip
 
 
 def mla_prefill(
