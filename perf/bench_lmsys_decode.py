@@ -71,7 +71,6 @@ OPERATIONS = (
     ("_expert_kernel", "expert GEMMs"),
     ("_rms_norm", "norms"),
     ("_rope_cache", "rope + cache write"),
-    ("_quantize", "quantise"),
     ("_swiglu", "swiglu + quantise"),
     ("_logits_kernel", "router"),
     ("_router", "router"),

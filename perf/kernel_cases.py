@@ -20,7 +20,6 @@ from nmoe_backend.kernels.mla_sm90.decode import mla_decode
 from nmoe_backend.kernels.mla_sm90.decode_plan import make_mla_decode_plan, plan_mla_decode
 from nmoe_backend.kernels.mla_sm90.prefill import attend, mla_prefill
 from nmoe_backend.kernels.mla_sm90.prefill_plan import make_mla_prefill_plan, plan_mla_prefill
-from nmoe_backend.kernels.quantize_rows_gpu import quantize_rows
 from nmoe_backend.kernels.rdep import rdep_local_ids_reference
 from nmoe_backend.kernels.rms_norm_gpu import rms_norm
 from nmoe_backend.kernels.rope_cache_gpu import Rotation, rope_cache
@@ -283,17 +282,6 @@ def _rope(tokens: int) -> Case:
     )  # fmt: skip
 
 
-def _quantize(tokens: int) -> Case:
-    x = _randn(tokens, HEADS * VALUE)
-    values, scales = _rows_of(tokens, HEADS * VALUE)
-    return Case(
-        operation="quantize",
-        shape=f"{tokens} x {HEADS * VALUE}",
-        ours=lambda: quantize_rows(x, values, scales),
-        num_bytes=tokens * HEADS * VALUE * 3,
-    )
-
-
 def _swiglu(tokens: int) -> Case:
     x = _randn(tokens, 2 * INTERMEDIATE)
     values, scales = _rows_of(tokens, INTERMEDIATE)
@@ -353,7 +341,6 @@ SMALL: dict[str, Callable[[int], Case]] = {
     "router": _router,
     "add_norm_quantize": _norm,
     "rope_cache": _rope,
-    "quantize": _quantize,
     "swiglu_quantize": _swiglu,
     "absorb_queries": _absorb,
     "expand_values": _expand,

@@ -6,6 +6,8 @@ an operation on kept values gives bit for bit what the plain one gives on weight
 
 `linear` and `experts` are those of linear.py and experts.py, with the weights dequantised for the one call: one weight,
 or one expert, at a time exists in the compute dtype, so the extra memory does not grow with the number of experts.
+
+Activations come in blocks of 128 of a row: what the kernels' epilogues write is `quantize_rows_reference`'s.
 """
 
 from __future__ import annotations
@@ -68,3 +70,12 @@ def block_fp8_experts_reference(x: Tensor, ids: Tensor, weights: Tensor, w13: Fp
         y = F.linear(F.silu(gate) * up, down_projection)
         out.index_add_(0, rows, y.float() * weights[rows, choices, None])
     return out
+
+
+def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, K] -> values [T, K] e4m3 = x * (1 / s), scales [ceil(K / 128), T] fp32 = s = max(max |x|, 1e-4) / 448."""
+    num_tokens, k = x.shape
+    blocks = F.pad(x.float(), (0, -k % 128)).view(num_tokens, -1, 128)
+    scales = blocks.abs().amax(-1).clamp(min=1e-4) * (1.0 / 448.0)
+    values = (blocks * scales.reciprocal().unsqueeze(-1)).flatten(1)[:, :k]
+    return values.to(torch.float8_e4m3fn), scales.t().contiguous()

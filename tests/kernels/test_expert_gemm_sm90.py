@@ -270,7 +270,7 @@ def test_rows_beyond_two_to_the_31_bytes():
 
 def test_a_whole_layer_replays_behind_dispatch_and_before_give_back():
     """One GPU as every rank in turn (loopback): expert e of any rank has the weights of expert e % 2 here."""
-    from nmoe_backend.kernels.quantize_rows_gpu import quantize_rows
+    from nmoe_backend.kernels.block_fp8 import quantize_rows_reference
     from nmoe_backend.kernels.rdep_gpu import RdepLayout, RdepPeers, rdep_combine, rdep_dispatch, rdep_give_back
 
     world_size, tokens, top_k, local, d, i = 4, 96, 3, 2, 512, 256
@@ -290,8 +290,7 @@ def test_a_whole_layer_replays_behind_dispatch_and_before_give_back():
     layer.payload, layer.scales = view["payload"], view["scales"]
     g = torch.Generator(device=DEVICE).manual_seed(7)
     x = torch.randn(tokens, d, device=DEVICE, generator=g).bfloat16()
-    values, scales = torch.empty(x.shape, dtype=FP8, device=DEVICE), torch.empty(d // 128, tokens, device=DEVICE)
-    quantize_rows(x, values, scales)
+    values, scales = quantize_rows_reference(x)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=DEVICE)
     weights = torch.rand(tokens, top_k, device=DEVICE, generator=g)
     count, out = torch.tensor([tokens], dtype=torch.int32, device=DEVICE), torch.empty(tokens, d, device=DEVICE)

@@ -52,8 +52,8 @@ def test_values_are_expanded_and_quantised(num_tokens, num_heads):
 
 @pytest.mark.parametrize("num_tokens", [1, 65, 300])
 def test_values_that_are_not_quantised_are_what_the_others_came_from(num_tokens):
+    from nmoe_backend.kernels.block_fp8 import quantize_rows_reference
     from nmoe_backend.kernels.mla_absorb_sm90 import expand_values, expand_values_reference
-    from nmoe_backend.kernels.quantize_rows_gpu import quantize_rows_reference
 
     attended, w = _draw(10, num_tokens, 128, 512), _draw(11, 128, 256, 512)
     wide = torch.full((num_tokens + 1, 128 * 128), float("nan"), device=DEVICE, dtype=torch.bfloat16)

@@ -110,7 +110,7 @@ def test_ragged_rows_match_float64(page_size: int, piece_keys: int) -> None:
 
 @pytest.mark.parametrize("piece_keys", [4096, 512])
 def test_quantised_rows_are_those_of_the_bf16_ones_bit_for_bit(piece_keys: int) -> None:
-    from nmoe_backend.kernels.quantize_rows_gpu import quantize_rows_reference
+    from nmoe_backend.kernels.block_fp8 import quantize_rows_reference
 
     case = Case(ROWS, num_heads=20)
     case.w_kv_b[3, 128:] *= 1e-6  # a head below the smallest scale
