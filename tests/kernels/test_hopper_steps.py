@@ -115,8 +115,9 @@ def test_every_operation_of_a_step_equals_plain_torch_on_its_own_inputs(model, r
     assert beyond_bounds(worst) == {}
 
 
-def test_teacher_forced_logits_are_those_of_the_rounded_reference(replayed, reference):
-    found = errors(replayed, reference)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_teacher_forced_logits_are_those_of_the_rounded_reference(run, replayed, reference, deterministic):
+    found = errors(replayed if deterministic else run(deterministic=False), reference)
     assert float(found.median()) < 0.15
     assert float(found.max()) < 0.8
 
