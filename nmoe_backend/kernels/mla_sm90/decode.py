@@ -6,15 +6,14 @@ With the query already taken into the latent space (mla_decode.py says how), for
 Shapes: q [S, H, 576] bf16, H a multiple of 64; cache [P, B, 576] bf16, B 16, 32 or 64; block_tables [S, n] int32;
 context_lens [S] integer (0 gives zeros); out [S, H, 512] bf16. All contiguous, 16-byte aligned (TMA). P * B < 2**31.
 
-Splits. A row's context is cut at multiples of `split` keys, a constant of the plan: results depend neither on the other
-rows nor on the size of the batch. The pieces of one row are joined by a second kernel in ascending order. The work list
-(one item a piece, longest first) is made on the device by `plan_mla_decode`, once a step for all layers.
+Contexts are cut into pieces, which one program each works off: how, decode_plan.py says. Pieces of one row are joined
+by a second kernel (decode_merge.py) in ascending order.
 
 Numerics: bf16 products, fp32 scores, softmax (base 2) and accumulators; probabilities are rounded to bf16 before the
 second product. What lies beyond a row's length is never used, NaN included.
 
-Grid: one program an SM, whatever the batch; program i takes the (item, tile of 64 heads) pairs i, i + grid, ... so that
-the head tiles of an item run side by side and share its keys through L2. Three warpgroups: "scores" computes q . k and
+Grid: one program an SM, whatever the batch: a group of neighbours, one a tile of 64 heads, takes the same items side by
+side and shares their keys through L2. Three warpgroups: "scores" computes q . k and
 the softmax, two "values" ones hold 64 x 256 accumulators each; the first of them also feeds the TMA queue. A thread has
 168 registers; shared memory is nearly full: queries 72 KB, two stages of 64 keys 144 KB. Probabilities overwrite their
 stage's rope keys, which are dead by then.

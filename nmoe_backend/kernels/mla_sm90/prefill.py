@@ -5,8 +5,9 @@ too) stand in the paged cache. With keys and values expanded from the latents c 
     out[t, h] = sum_s softmax_s(scale * (q_nope[t, h] . k_nope[s, h] + q_rope[t, h] . k_rope[s])) * v[s, h],  s <= t.
 
 Shapes: q [T, H, 192] bf16 (128 nope, then 64 turned), H a multiple of 4; cache [P, B, 576] bf16; block_tables [S, n]
-int32; w_kv_b [H, 256, 512] bf16; out [T, H, 128] bf16; all contiguous, 16-byte aligned (TMA). Rows of the step: tokens
-[cu_seqlens[s], cu_seqlens[s + 1]); tokens outside of every row are neither used nor written.
+int32; w_kv_b [H, 256, 512] bf16; out [T, H, 128] e4m3 with scales [H, >= T] fp32, or bf16; all contiguous, 16-byte
+aligned (TMA). Rows of the step: tokens [cu_seqlens[s], cu_seqlens[s + 1]); tokens outside of every row are neither used
+nor written.
 
 Bounded memory. The keys of all rows, prefix and chunk, each row padded with zeros to whole blocks of 128, make one
 list, which is worked off in pieces of `piece_keys`: gather the piece's latents, expand them by a matrix product,
@@ -15,14 +16,14 @@ nothing more, it only launches three kernels a piece that find nothing to do.
 
 A tile is a row's queries at positions [128 k, 128 k + 128); it needs the row's key blocks 0 ... k, the last
 under the causal mask. An item is a tile in a piece where it has keys; one whose keys lie in several pieces keeps its
-running maximum, sum and unnormalised output in fp32 between them. Example: 200 new tokens at start = 100 have keys in
-blocks 0, 1, 2, and tiles 0 (queries 100 - 127), 1 and 2 (queries 256 - 299) of 1, 2 and 3 blocks; with piece_keys = 256
-there are items of 1, 2 and 2 blocks in piece 0 and one of 1 block in piece 1.
+running maximum, sum and unnormalised output in fp32 between them. prefill_plan.py makes the lists of them.
 
 Numerics: bf16 products, fp32 scores, softmax (base 2) and accumulators; probabilities are rounded to bf16 before the
-second product. Blocks of keys and tiles of 128 queries are cut at absolute positions, and what is kept between pieces
-is not rounded. The product that expands adds up 64 latents at a time in one order, whatever the key's place. So a
-token's result depends neither on the other rows, nor on where chunks and pieces end.
+second product. Results are rounded to bf16 and quantised from that, a head's 128 values being a block of the
+quantisation: s = max(max |v|, 1e-4) / 448, value = e4m3(v * (1 / s)). Blocks of keys and tiles of 128 queries are cut
+at absolute positions, and what is kept between pieces is not rounded. The product that expands adds up 64 latents at a
+time in one order, whatever the key's place. So a token's result depends neither on the other rows, nor on where chunks
+and pieces end.
 
 Grid: one program an SM. Work (a tile of 128 queries, one head) is handed out by a counter, longest first inside a group
 of 4 heads, whose keys stay in L2: which program takes it changes no result. Two warpgroups take 64 queries each; a
