@@ -44,7 +44,6 @@ from nmoe_backend.kernels.mla_sm90.decode_merge import merge_pieces
 from nmoe_backend.kernels.mla_sm90.decode_plan import HEAD_TILE, LATENT_DIM, MlaDecodePlan
 
 ROPE_DIM = 64
-AHEAD = 4
 
 _TILE = gl.constexpr(HEAD_TILE)  # heads of a program
 _BLOCK = gl.constexpr(64)  # keys of a stage
@@ -65,7 +64,6 @@ def mla_decode(q: Tensor, cache: Tensor, block_tables: Tensor, plan: MlaDecodePl
         TensorDescriptor.from_tensor(flat_q, [HEAD_TILE, ROPE_DIM], _SHARED),
         TensorDescriptor.from_tensor(flat_cache, [page_size, LATENT_DIM], _SHARED),
         TensorDescriptor.from_tensor(flat_cache, [page_size, ROPE_DIM], _SHARED),
-        cache,
         block_tables,
         block_tables.stride(0),
         plan.items,
@@ -76,7 +74,6 @@ def mla_decode(q: Tensor, cache: Tensor, block_tables: Tensor, plan: MlaDecodePl
         scale * math.log2(math.e),
         TILES=num_tiles,
         PAGE=page_size,
-        AHEAD=AHEAD,
         num_warps=4,
         launch_pdl=True,
     )
@@ -167,20 +164,6 @@ def _fetch_keys(  # noqa: PLR0913
 
 
 @gluon.jit
-def _prefetch(cache_ptr, y, tile, PAGE: gl.constexpr):
-    """Asks for a page to be in L2: one thread of a warpgroup, in the program of the group's first tile."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; or.b32 t, t, $2; setp.eq.u32 p, t, 0; "
-        "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
-        "=r,l,r,r",
-        [cache_ptr + y.to(gl.int64) * 576, tile, PAGE * 1152],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _fetch_queries(q_desc, q_rope_desc, q_latent, q_rope, bar, head):
     mbarrier.expect(bar, 64 * 576 * 2)
     tma.async_copy_global_to_shared(q_desc, [head, 0], bar, q_latent)
@@ -202,8 +185,7 @@ def _advance(items_ptr, end, item, j, row, first, num_keys):
 @gluon.jit
 def _scores_partition(  # noqa: PLR0913
     q_desc, q_rope_desc, q_latent, q_rope, k_latent, k_rope, factors, q_full, k_full, p_full, p_empty, items_ptr,
-    group_items_ptr, tables_ptr, table_stride, cache_ptr, lse_ptr, scale_log2, TILES: gl.constexpr, PAGE: gl.constexpr,
-    AHEAD: gl.constexpr
+    group_items_ptr, lse_ptr, scale_log2, TILES: gl.constexpr
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     rows_layout: gl.constexpr = gl.SliceLayout(1, layout)
@@ -211,7 +193,7 @@ def _scores_partition(  # noqa: PLR0913
     tile, begin, end = _share(group_items_ptr, TILES)
     columns = gl.arange(0, _BLOCK, layout=gl.SliceLayout(0, layout))
     heads = gl.arange(0, _TILE, layout=rows_layout)
-    row, first, num_keys, slot = _item(items_ptr, gl.where(begin < end, begin, 0))
+    row, _, num_keys, slot = _item(items_ptr, gl.where(begin < end, begin, 0))
     if begin < end:
         _fetch_queries(q_desc, q_rope_desc, q_latent, q_rope, q_full, (row * TILES + tile) * _TILE)
     step = 0  # blocks so far
@@ -234,8 +216,6 @@ def _scores_partition(  # noqa: PLR0913
             token = warpgroup_mma(
                 q_latent.slice(256, 256, 1), k.slice(256, 256, 1).permute((1, 0)), token, is_async=True
             )
-            if AHEAD > 0:
-                z0, z1, z2, z3 = _page_rows(tables_ptr, table_stride, row, first, num_keys, j + AHEAD, PAGE)
             s = warpgroup_mma_wait(0, deps=[token])
             s = gl.where((columns < num_keys - j * _BLOCK)[None, :], s * scale_log2, float("-inf"))
             m_new = gl.maximum(m, gl.max(s, 1))
@@ -249,13 +229,6 @@ def _scores_partition(  # noqa: PLR0913
             gl.thread_barrier()
             mbarrier.arrive(p_full.index(buffer), count=1)
             total = total * alpha + gl.sum(p, 1)
-            if AHEAD > 0:
-                _prefetch(cache_ptr, z0, tile, PAGE)
-                if PAGE < 64:
-                    _prefetch(cache_ptr, z1, tile, PAGE)
-                if PAGE < 32:
-                    _prefetch(cache_ptr, z2, tile, PAGE)
-                    _prefetch(cache_ptr, z3, tile, PAGE)
             step += 1
             sent += 1
         if slot >= 0:
@@ -263,7 +236,7 @@ def _scores_partition(  # noqa: PLR0913
             gl.store(lse_ptr + (slot.to(gl.int64) * TILES + tile) * _TILE + heads, lse)
         turn += 1  # noqa: SIM113
         if item + 1 < end:
-            row, first, num_keys, slot = _item(items_ptr, item + 1)
+            row, _, num_keys, slot = _item(items_ptr, item + 1)
             gl.thread_barrier()
             _fetch_queries(q_desc, q_rope_desc, q_latent, q_rope, q_full, (row * TILES + tile) * _TILE)
         buffer = sent % 2
@@ -349,8 +322,8 @@ def _values_partition(  # noqa: PLR0913
 
 @gluon.jit(do_not_specialize=["table_stride"])
 def _mla_decode_kernel(  # noqa: PLR0913
-    q_desc, q_rope_desc, kv_desc, rope_desc, cache_ptr, tables_ptr, table_stride, items_ptr, group_items_ptr, out_ptr,
-    partial_ptr, lse_ptr, scale_log2, TILES: gl.constexpr, PAGE: gl.constexpr, AHEAD: gl.constexpr
+    q_desc, q_rope_desc, kv_desc, rope_desc, tables_ptr, table_stride, items_ptr, group_items_ptr, out_ptr, partial_ptr,
+    lse_ptr, scale_log2, TILES: gl.constexpr, PAGE: gl.constexpr
 ):  # fmt: skip
     bf16: gl.constexpr = gl.bfloat16
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -372,7 +345,7 @@ def _mla_decode_kernel(  # noqa: PLR0913
     gl.warp_specialize([
         (_scores_partition, (
             q_desc, q_rope_desc, q_latent, q_rope, k_latent, k_rope, factors, q_full, k_full, p_full, p_empty,
-            items_ptr, group_items_ptr, tables_ptr, table_stride, cache_ptr, lse_ptr, scale_log2, TILES, PAGE, AHEAD)),
+            items_ptr, group_items_ptr, lse_ptr, scale_log2, TILES)),
         (_values_partition, (
             kv_desc, rope_desc, k_latent, k_rope, factors, k_full, p_full, p_empty, items_ptr,
             group_items_ptr, tables_ptr, table_stride, out_ptr, partial_ptr, TILES, PAGE, gl.constexpr(0))),

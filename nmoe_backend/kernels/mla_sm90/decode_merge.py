@@ -14,7 +14,8 @@ from triton.language.extra.cuda import gdc_wait
 
 from nmoe_backend.kernels.mla_sm90.decode_plan import MlaDecodePlan
 
-_PIECES = 8  # that are on their way at a time
+_PIECES = 4  # of a row, and
+_HEADS = 4  # of it, that a program adds up at a time
 _PROGRAMS = 1024
 
 
@@ -28,6 +29,7 @@ def merge_pieces(plan: MlaDecodePlan, out: Tensor) -> None:
         out,
         H=out.shape[1],
         PIECES=_PIECES,
+        HEADS=_HEADS,
         num_warps=4,
         launch_pdl=True,
     )
@@ -35,30 +37,32 @@ def merge_pieces(plan: MlaDecodePlan, out: Tensor) -> None:
 
 @triton.jit
 def _merge_kernel(
-    partial_ptr, lse_ptr, merges_ptr, num_merges_ptr, out_ptr, H: tl.constexpr, PIECES: tl.constexpr
+    partial_ptr, lse_ptr, merges_ptr, num_merges_ptr, out_ptr, H: tl.constexpr, PIECES: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: a program takes a head of a row in several pieces after another; adds them in their order."""
+    """Persistent: a program takes a few heads of a row in several pieces after others."""
     columns = tl.arange(0, 512)
     gdc_wait()
-    for work in range(tl.program_id(0), tl.load(num_merges_ptr) * H, tl.num_programs(0)):
-        entry = merges_ptr + work // H * 3
-        head = work % H
+    for work in range(tl.program_id(0), tl.load(num_merges_ptr) * (H // HEADS), tl.num_programs(0)):
+        entry = merges_ptr + work // (H // HEADS) * 3
+        heads = work % (H // HEADS) * HEADS + tl.arange(0, HEADS)
         row = tl.load(entry).to(tl.int64)
         slot = tl.load(entry + 1).to(tl.int64)
         count = tl.load(entry + 2)
-        m = float("-inf")
+        m = tl.full([HEADS], float("-inf"), tl.float32)
         for c in range(0, count, PIECES):
             pieces = c + tl.arange(0, PIECES)
-            lse = tl.load(lse_ptr + (slot + pieces) * H + head, mask=pieces < count, other=float("-inf"))
-            m = tl.maximum(m, tl.max(lse, 0))
-        acc = tl.zeros([512], tl.float32)
-        total = 0.0
+            places = (slot + pieces)[:, None] * H + heads[None, :]
+            m = tl.maximum(m, tl.max(tl.load(lse_ptr + places, mask=(pieces < count)[:, None], other=float("-inf")), 0))
+        acc = tl.zeros([HEADS, 512], tl.float32)
+        total = tl.zeros([HEADS], tl.float32)
         for c in range(0, count, PIECES):
             pieces = c + tl.arange(0, PIECES)
             used = pieces < count
-            w = tl.exp2(tl.load(lse_ptr + (slot + pieces) * H + head, mask=used, other=float("-inf")) - m)
-            rows = ((slot + pieces) * H + head)[:, None] * 512
-            x = tl.load(partial_ptr + rows + columns[None, :], mask=used[:, None], other=0.0)
-            acc += tl.sum(x * w[:, None], 0)
+            places = (slot + pieces)[:, None] * H + heads[None, :]
+            w = tl.exp2(tl.load(lse_ptr + places, mask=used[:, None], other=float("-inf")) - m[None, :])
+            x = partial_ptr + places[:, :, None] * 512 + columns[None, None, :]
+            acc += tl.sum(tl.load(x, mask=used[:, None, None], other=0.0) * w[:, :, None], 0)
             total += tl.sum(w, 0)
-        tl.store(out_ptr + (row * H + head) * 512 + columns, (acc / total).to(tl.bfloat16))
+        target = out_ptr + (row * H + heads)[:, None] * 512 + columns[None, :]
+        tl.store(target, (acc / total[:, None]).to(tl.bfloat16))
