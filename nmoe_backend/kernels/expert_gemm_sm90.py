@@ -17,10 +17,10 @@ A row's result depends on nothing but the row.
 
 Tile: 128 rows x (128 gate + 128 up columns), or x 256 columns; two warpgroups of 64 rows with both halves of their
 columns, so that SwiGLU and the block's maximum stay in a warpgroup's registers; one warp feeds the TMA queue, four
-stages of 48 KB, given back in pairs (a barrier of a warpgroup before each return and each wait is what stalls it most;
-pairs where K has an even number of blocks). A tile loads 16, 64, 80 or 128 rows of x; with up to 64 the second
-warpgroup only passes stages on. Rows of a stage that no tile of the program has loaded are zeros: a decode step runs at
-the card's power limit, and a product with zeros takes less of it than one with rows of another expert.
+stages of 48 KB. A warpgroup has one product in flight (two would need 256 registers) and does everything but the sum
+under it, so that the other one's products fill what is left. A tile loads 16, 64, 80 or 128 rows of x; with up to 64
+the second warpgroup only passes stages on. Rows of a stage that no tile of the program has loaded are zeros: a decode
+step runs at the card's power limit, and a product with zeros takes less of it than one with rows of another expert.
 Units of one expert run side by side, rows innermost, so that its weights come from memory once.
 """
 
@@ -66,10 +66,15 @@ def _tile(tiles, unit, NUM_N: gl.constexpr, CACHE: gl.constexpr):
 
 
 @gluon.jit
-def _next(stage, phase, STEP: gl.constexpr, STAGES: gl.constexpr):
-    stage += STEP
+def _next(stage, phase, STAGES: gl.constexpr):
+    stage += 1
     wrap = stage == STAGES
     return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
+
+
+@gluon.jit
+def _before(stage, STAGES: gl.constexpr):
+    return gl.where(stage == 0, STAGES, stage) - 1
 
 
 @gluon.jit
@@ -79,32 +84,55 @@ def _size(rows):
 
 
 @gluon.jit
-def _expect(bar, size, pred):
-    mbarrier.expect(bar, (256 + 16) * 128 + 512, pred=pred & (size == 0))
-    mbarrier.expect(bar, (256 + 64) * 128 + 512, pred=pred & (size == 1))
-    mbarrier.expect(bar, (256 + 80) * 128 + 512, pred=pred & (size == 2))
-    mbarrier.expect(bar, (256 + 128) * 128 + 512, pred=pred & (size == 3))
+def _request_weights(w_desc, w_buf, bar, row, k, size, stage, FULL: gl.constexpr, HALF: gl.constexpr):
+    """Both halves of a stage's weights; the barrier learns of all bytes of the stage. FULL: size is 3."""
+    tma.async_copy_global_to_shared(w_desc, [row, k * 128], bar, w_buf.index(stage * 2))
+    tma.async_copy_global_to_shared(w_desc, [row + HALF, k * 128], bar, w_buf.index(stage * 2 + 1))
+    if FULL:
+        mbarrier.expect(bar, (256 + 128) * 128 + 512)
+    else:
+        mbarrier.expect(bar, (256 + 16) * 128 + 512, pred=size == 0)
+        mbarrier.expect(bar, (256 + 64) * 128 + 512, pred=size == 1)
+        mbarrier.expect(bar, (256 + 80) * 128 + 512, pred=size == 2)
+        mbarrier.expect(bar, (256 + 128) * 128 + 512, pred=size == 3)
 
 
 @gluon.jit
-def _load_rows(x_desc, x16_desc, x_buf, bar, row, column, size, stage, STAGES: gl.constexpr):
-    x16_buf = x_buf._reinterpret(gl.float8e4nv, [STAGES * 8, 16, 128], x_desc.layout)
-    tma.async_copy_global_to_shared(x_desc, [row, column], bar, x_buf.index(stage * 2), pred=size > 0)
-    tma.async_copy_global_to_shared(x16_desc, [row, column], bar, x16_buf.index(stage * 8), pred=size == 0)
-    tma.async_copy_global_to_shared(x_desc, [row + 64, column], bar, x_buf.index(stage * 2 + 1), pred=size == 3)
-    tma.async_copy_global_to_shared(x16_desc, [row + 64, column], bar, x16_buf.index(stage * 8 + 4), pred=size == 2)
+def _request_rows(x_descs, s_desc, x_buf, s_buf, bar, row, k, size, stage, scale_stride,
+                  FULL: gl.constexpr, STAGES: gl.constexpr):
+    x16_desc, x64_desc, x128_desc = x_descs
+    if FULL:
+        x128_buf = x_buf._reinterpret(gl.float8e4nv, [STAGES, 128, 128], x128_desc.layout)
+        tma.async_copy_global_to_shared(x128_desc, [row, k * 128], bar, x128_buf.index(stage))
+    else:
+        x16_buf = x_buf._reinterpret(gl.float8e4nv, [STAGES * 8, 16, 128], x16_desc.layout)
+        x80_buf, upper_buf = x16_buf.index(stage * 8 + 4), x_buf.index(stage * 2 + 1)
+        tma.async_copy_global_to_shared(x16_desc, [row, k * 128], bar, x16_buf.index(stage * 8), pred=size == 0)
+        tma.async_copy_global_to_shared(x64_desc, [row, k * 128], bar, x_buf.index(stage * 2), pred=size > 0)
+        tma.async_copy_global_to_shared(x16_desc, [row + 64, k * 128], bar, x80_buf, pred=size == 2)
+        tma.async_copy_global_to_shared(x64_desc, [row + 64, k * 128], bar, upper_buf, pred=size == 3)
+    tma.async_copy_global_to_shared(s_desc, [k * scale_stride + row], bar, s_buf.index(stage))
 
 
 @gluon.jit
-def _load_weights(w_desc, w_buf, bar, row, k, stage, pred, HALF: gl.constexpr):
-    tma.async_copy_global_to_shared(w_desc, [row, k * 128], bar, w_buf.index(stage * 2), pred=pred)
-    tma.async_copy_global_to_shared(w_desc, [row + HALF, k * 128], bar, w_buf.index(stage * 2 + 1), pred=pred)
+def _load_tile(x_descs, s_desc, w_desc, x_buf, s_buf, w_buf, full, empty, row, w_row, size, begun, stage, phase,
+               scale_stride, FULL: gl.constexpr, NUM_K: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr):
+    """The stages of a tile from k = begun on."""
+    for k in range(begun, NUM_K):
+        mbarrier.wait(empty.index(stage), phase)
+        bar = full.index(stage)
+        _request_weights(w_desc, w_buf, bar, w_row, k, size, stage, FULL, HALF)
+        _request_rows(x_descs, s_desc, x_buf, s_buf, bar, row, k, size, stage, scale_stride, FULL, STAGES)
+        stage, phase = _next(stage, phase, STAGES)
+    return stage, phase
 
 
 @gluon.jit
-def _load(x_desc, x16_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, scale_stride,
+def _load(x_descs, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, scale_stride,
           NUM_N: gl.constexpr, NUM_K: gl.constexpr, EXPERT_ROWS: gl.constexpr, STEP: gl.constexpr, HALF: gl.constexpr,
-          STAGES: gl.constexpr, PAIR: gl.constexpr):
+          STAGES: gl.constexpr):
+    """A full tile has a loop of its own: a hundred instructions a stage, most of them predicates, would be the slowest
+    part of the kernel."""
     stage = 0
     phase = 1
     # The weights of the first stages are on their way before the kernel ahead has ended. It lets others start only
@@ -114,24 +142,24 @@ def _load(x_desc, x16_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_bu
     if gl.program_id(0) < num_units:
         expert, n, row, end = _tile(tiles, gl.program_id(0), NUM_N, ".cg")
         ahead += gl.minimum(NUM_K, STAGES)
+        w_row = expert * EXPERT_ROWS + n * STEP
         for s in range(ahead):
-            _expect(full.index(s), _size(end - row), True)
-            _load_weights(w_desc, w_buf, full.index(s), expert * EXPERT_ROWS + n * STEP, s, s, True, HALF)
+            _request_weights(w_desc, w_buf, full.index(s), w_row, s, _size(end - row), s, False, HALF)
     gdc_wait()
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
         expert, n, row, end = _tile(tiles, unit, NUM_N, "")
         w_row = expert * EXPERT_ROWS + n * STEP
         size = _size(end - row)
-        for k in range(NUM_K):
-            if stage % PAIR == 0:
-                mbarrier.wait(empty.index(stage // PAIR), phase)
-            bar = full.index(stage)
-            _load_weights(w_desc, w_buf, bar, w_row, k, stage, ahead <= 0, HALF)
-            _expect(bar, size, ahead <= 0)
-            ahead -= 1
-            _load_rows(x_desc, x16_desc, x_buf, bar, row, k * 128, size, stage, STAGES)
-            tma.async_copy_global_to_shared(s_desc, [k * scale_stride + row], bar, s_buf.index(stage))
-            stage, phase = _next(stage, phase, 1, STAGES)
+        begun = gl.where(unit == gl.program_id(0), ahead, 0)
+        for k in range(begun):
+            _request_rows(x_descs, s_desc, x_buf, s_buf, full.index(k), row, k, size, k, scale_stride, False, STAGES)
+            stage, phase = _next(stage, phase, STAGES)
+        if size == 3:
+            stage, phase = _load_tile(x_descs, s_desc, w_desc, x_buf, s_buf, w_buf, full, empty, row, w_row, size,
+                                      begun, stage, phase, scale_stride, True, NUM_K, HALF, STAGES)
+        else:
+            stage, phase = _load_tile(x_descs, s_desc, w_desc, x_buf, s_buf, w_buf, full, empty, row, w_row, size,
+                                      begun, stage, phase, scale_stride, False, NUM_K, HALF, STAGES)
 
 
 @gluon.jit
@@ -143,17 +171,35 @@ def _store_rows(out, value, row, end, column, width, layout: gl.constexpr):
 
 
 @gluon.jit
+def _store_tile(acc0, acc1, out, out_scales, row, end, n, out_stride, SWIGLU: gl.constexpr, WIDTH: gl.constexpr,
+                mma: gl.constexpr):
+    """SwiGLU and quantisation of 64 rows x (128 + 128) sums, or both halves as bf16."""
+    fp8_rows: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    bf16_rows: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    if SWIGLU:
+        h = acc0 / (1.0 + gl.exp(-acc0)) * acc1
+        s = gl.maximum(gl.max(gl.abs(h), axis=1), 1e-4) * (1.0 / 448.0)
+        r = row + gl.arange(0, 64, gl.SliceLayout(1, mma))
+        gl.store(out_scales + n.to(gl.int64) * out_stride + r, s, mask=r < end)
+        h = (h * (1.0 / s)[:, None]).to(gl.float8e4nv)
+        _store_rows(out, h, row, end, n * 128, WIDTH, fp8_rows)
+    else:
+        _store_rows(out, acc0.to(gl.bfloat16), row, end, n * 256, WIDTH, bf16_rows)
+        _store_rows(out, acc1.to(gl.bfloat16), row, end, n * 256 + 128, WIDTH, bf16_rows)
+
+
+@gluon.jit
 def _consume(out, out_scales, ws, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, out_stride,
              ME: gl.constexpr, SWIGLU: gl.constexpr, NUM_N: gl.constexpr, NUM_K: gl.constexpr,
              EXPERT_ROWS: gl.constexpr, STEP: gl.constexpr, HALF: gl.constexpr, WIDTH: gl.constexpr,
-             STAGES: gl.constexpr, PAIR: gl.constexpr):
+             STAGES: gl.constexpr):
     """Warpgroup ME: rows [64 ME, 64 ME + 64) of each tile, both halves of its columns, one product at a time.
 
-    The scales of weights are loaded a block ahead: the tensor core would wait for them.
+    All that is not a product or a sum is done under a product in flight: under the second of stage k, stage k - 1 is
+    given back, k + 1 awaited and its scales read; those of weights are loaded one stage ahead.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    fp8_rows: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
-    bf16_rows: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    row_layout: gl.constexpr = gl.SliceLayout(1, mma)
     stage = 0
     phase = 0
     zero = gl.zeros([64, 128], gl.float32, mma)
@@ -168,74 +214,71 @@ def _consume(out, out_scales, ws, tiles, num_tiles, x_buf, s_buf, w_buf, full, e
         if row < end:
             acc0 = gl.zeros([64, 128], gl.float32, mma)
             acc1 = gl.zeros([64, 128], gl.float32, mma)
+            s0 = gl.zeros([64], gl.float32, row_layout)
+            s1 = gl.zeros([64], gl.float32, row_layout)
             next0 = gl.load(ws_row)
             next1 = gl.load(ws_row + HALF // 128 * NUM_K)
-            for pair in range(NUM_K // PAIR):
-                for j in gl.static_range(PAIR):
-                    mbarrier.wait(full.index(stage + j), phase)
-                for j in range(PAIR):
-                    w0 = next0
-                    w1 = next1
-                    ahead = gl.minimum(pair * PAIR + j + 1, NUM_K - 1)
-                    next0 = gl.load(ws_row + ahead)
-                    next1 = gl.load(ws_row + HALF // 128 * NUM_K + ahead)
-                    scale = s_buf.index(stage + j).slice(ME * 64, 64).load(gl.SliceLayout(1, mma))
-                    for half in range(2):
-                        part = warpgroup_mma(x_buf.index((stage + j) * 2 + ME),
-                                             w_buf.index((stage + j) * 2 + half).permute((1, 0)), zero, use_acc=False,
-                                             is_async=True)
-                        part = warpgroup_mma_wait(0, deps=[part])
-                        if half == 0:
-                            acc0 = gl.fma(part, (scale * w0)[:, None], acc0)
-                        else:
-                            acc1 = gl.fma(part, (scale * w1)[:, None], acc1)
-                mbarrier.arrive(empty.index(stage // PAIR))
-                stage, phase = _next(stage, phase, PAIR, STAGES)
-            if SWIGLU:
-                h = acc0 / (1.0 + gl.exp(-acc0)) * acc1
-                s = gl.maximum(gl.max(gl.abs(h), axis=1), 1e-4) * (1.0 / 448.0)
-                r = row + gl.arange(0, 64, gl.SliceLayout(1, mma))
-                gl.store(out_scales + n.to(gl.int64) * out_stride + r, s, mask=r < end)
-                h = (h * (1.0 / s)[:, None]).to(gl.float8e4nv)
-                _store_rows(out, h, row, end, n * 128, WIDTH, fp8_rows)
-            else:
-                _store_rows(out, acc0.to(gl.bfloat16), row, end, n * 256, WIDTH, bf16_rows)
-                _store_rows(out, acc1.to(gl.bfloat16), row, end, n * 256 + 128, WIDTH, bf16_rows)
+            mbarrier.wait(full.index(stage), phase)
+            scale = s_buf.index(stage).slice(ME * 64, 64).load(row_layout)
+            for k in range(NUM_K):
+                w0 = next0
+                w1 = next1
+                ahead = gl.minimum(k + 1, NUM_K - 1)
+                next0 = gl.load(ws_row + ahead)
+                next1 = gl.load(ws_row + HALF // 128 * NUM_K + ahead)
+                after, after_phase = _next(stage, phase, STAGES)
+                for half in range(2):
+                    part = warpgroup_mma(x_buf.index(stage * 2 + ME), w_buf.index(stage * 2 + half).permute((1, 0)),
+                                         zero, use_acc=False, is_async=True)
+                    if half == 0:
+                        s0 = scale * w0
+                        s1 = scale * w1
+                    else:
+                        mbarrier.arrive(empty.index(_before(stage, STAGES)), pred=k > 0)
+                        mbarrier.wait(full.index(after), after_phase, pred=k < NUM_K - 1)
+                        scale = s_buf.index(after).slice(ME * 64, 64).load(row_layout)
+                    part = warpgroup_mma_wait(0, deps=[part])
+                    if half == 0:
+                        acc0 = gl.fma(part, s0[:, None], acc0)
+                    else:
+                        acc1 = gl.fma(part, s1[:, None], acc1)
+                stage = after
+                phase = after_phase
+            mbarrier.arrive(empty.index(_before(stage, STAGES)))
+            _store_tile(acc0, acc1, out, out_scales, row, end, n, out_stride, SWIGLU, WIDTH, mma)
         else:
-            for _pair in range(NUM_K // PAIR):
-                for j in range(PAIR):
-                    mbarrier.wait(full.index(stage + j), phase)
-                mbarrier.arrive(empty.index(stage // PAIR))
-                stage, phase = _next(stage, phase, PAIR, STAGES)
+            for _k in range(NUM_K):
+                mbarrier.wait(full.index(stage), phase)
+                mbarrier.arrive(empty.index(stage))
+                stage, phase = _next(stage, phase, STAGES)
 
 
 @gluon.jit(do_not_specialize=["scale_stride", "out_stride"])
-def _expert_kernel(x_desc, x16_desc, s_desc, w_desc, ws, out, out_scales, tiles, num_tiles, scale_stride,
+def _expert_kernel(x16_desc, x64_desc, x128_desc, s_desc, w_desc, ws, out, out_scales, tiles, num_tiles, scale_stride,
                    out_stride, SWIGLU: gl.constexpr, NUM_N: gl.constexpr, NUM_K: gl.constexpr,
                    EXPERT_ROWS: gl.constexpr, STEP: gl.constexpr, HALF: gl.constexpr, WIDTH: gl.constexpr,
-                   STAGES: gl.constexpr, PAIR: gl.constexpr):
-    x_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], x_desc.layout)
+                   STAGES: gl.constexpr):
+    x_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], x64_desc.layout)
     w_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 128, 128], w_desc.layout)
     s_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 128], s_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES // PAIR, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     # Rows that no tile of this program has loaded are multiplied all the same.
     zeros_layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     for s in gl.static_range(STAGES * 2):
         x_buf.index(s).store(gl.zeros([64, 128], gl.float32, zeros_layout).to(gl.float8e4nv))
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
-    for s in gl.static_range(STAGES // PAIR):
         mbarrier.init(empty.index(s), count=2)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (out, out_scales, ws, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, out_stride, 0, SWIGLU,
-                        NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, WIDTH, STAGES, PAIR)),
+                        NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, WIDTH, STAGES)),
             (_consume, (out, out_scales, ws, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty, out_stride, 1, SWIGLU,
-                        NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, WIDTH, STAGES, PAIR)),
-            (_load, (x_desc, x16_desc, s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full, empty,
-                     scale_stride, NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, STAGES, PAIR)),
+                        NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, WIDTH, STAGES)),
+            (_load, ((x16_desc, x64_desc, x128_desc), s_desc, w_desc, tiles, num_tiles, x_buf, s_buf, w_buf, full,
+                     empty, scale_stride, NUM_N, NUM_K, EXPERT_ROWS, STEP, HALF, STAGES)),
         ], [4, 1], [232, 40])
 # fmt: on
 
@@ -256,7 +299,7 @@ def expert_up(
     _expert_kernel[(num_sms,)](
         *_descriptors(x, x_scales, w13), w13_scales, h, h_scales, tiles, num_tiles, x_scales.stride(0),
         h_scales.stride(0), SWIGLU=True, NUM_N=i // BLOCK, NUM_K=d // BLOCK, EXPERT_ROWS=2 * i, STEP=BLOCK, HALF=i,
-        WIDTH=i, STAGES=_STAGES, PAIR=2 - d // BLOCK % 2, num_warps=4, launch_pdl=True,
+        WIDTH=i, STAGES=_STAGES, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -272,7 +315,7 @@ def expert_down(
     _expert_kernel[(num_sms,)](
         *_descriptors(h, h_scales, w2), w2_scales, y, y, tiles, num_tiles, h_scales.stride(0), 0, SWIGLU=False,
         NUM_N=d // (2 * BLOCK), NUM_K=i // BLOCK, EXPERT_ROWS=d, STEP=2 * BLOCK, HALF=BLOCK, WIDTH=d, STAGES=_STAGES,
-        PAIR=2 - i // BLOCK % 2, num_warps=4, launch_pdl=True,
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -299,7 +342,7 @@ def _descriptors(x: Tensor, x_scales: Tensor, w: Tensor) -> tuple[TensorDescript
     w = w.view(-1, w.shape[-1])
     length = (x_scales.shape[0] - 1) * x_scales.stride(0) + x_scales.shape[1]
     return (
-        *(TensorDescriptor(x, x.shape, x.stride(), [rows, BLOCK], _FP8) for rows in (64, 16)),
+        *(TensorDescriptor(x, x.shape, x.stride(), [rows, BLOCK], _FP8) for rows in (16, 64, 128)),
         TensorDescriptor(x_scales, [length], [1], [128], _SCALES),
         TensorDescriptor(w, w.shape, w.stride(), [128, BLOCK], _FP8),
     )

@@ -258,6 +258,27 @@ def test_a_row_does_not_depend_on_the_others_nor_on_its_place():
         assert torch.equal(got, few.y[few.rows.row_idx[tuple(slot)]])
 
 
+def test_a_row_has_the_same_bits_in_a_tile_of_any_size():
+    """One row and one expert's weights everywhere: tiles of all kinds follow each other in a program."""
+    counts = [1, 16, 17, 64, 65, 80, 81, 128, 129, 700, 2, 300, 40, 256]
+    layer = Layer(_choices(counts), len(counts), 7168, 2048)
+    for weights in (layer.w13, layer.w2):
+        weights.view(torch.uint8)[1:] = weights.view(torch.uint8)[:1]
+    for scales in (layer.w13_scales, layer.w2_scales):
+        scales[1:] = scales[:1]
+    src, token, k = (layer.ids == 0).nonzero()[0].tolist()
+    layer.payload.view(torch.uint8)[:] = layer.payload.view(torch.uint8)[src, token].clone()
+    layer.scales[:] = layer.scales[src, token].clone()
+    layer.index()
+    layer.run()
+    r = layer.rows.row_idx[layer.rows.row_idx >= 0].long()
+    assert r.numel() == sum(counts)
+    one = layer.rows.row_idx[src, token, k].long().view(1)
+    layer.check_rows(0, one, layer.payload[src, token].view(1, -1), layer.scales[src, token].view(1, -1))
+    for rows in (layer.h.view(torch.uint8), layer.h_scales.t(), layer.y.view(torch.int16)):
+        assert bool((rows[r] == rows[one]).all())
+
+
 def test_rows_beyond_two_to_the_31_bytes():
     """One expert takes 160,000 rows of 7,168 bf16."""
     layer = Layer(torch.zeros(8, 20_000, 1, dtype=torch.int32, device=DEVICE), 2, 7168, 128)
