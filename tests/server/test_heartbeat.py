@@ -107,12 +107,14 @@ def prefix_of(group: int) -> str:
 def test_dead_senders_end_the_server(serve: Callable[[str], Serve]) -> None:
     one = serve(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from types import SimpleNamespace\n"
         "from perf.scripted import scripted_model\n"
         "class TritonPythonModel(scripted_model()):\n"
         "    def execute(self, requests):\n"
         "        if any(one.name() == 'ignore_eos' for one in requests[0].inputs()):  # ours, not the launcher's\n"
-        "            for _ in range(4):\n"
-        "                self._responder._ready.put(object())  # no stream: each ends a sender's thread\n"
+        "            for sender in range(4):\n"
+        "                record = SimpleNamespace(last_token_s=None, started_s=None, request_id=-1 - sender)\n"
+        "                self._responder._ready.put(SimpleNamespace(record=record))  # ends a sender's thread\n"
         "        return super().execute(requests)\n"
     )
     group = one.server()
