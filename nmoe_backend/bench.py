@@ -17,7 +17,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (root / "perf" / "suite.py").exists():
         raise ConfigError(
             f"{root} is not a source tree of nmoe: it has no perf/suite.py, and the benchmarks are not in the "
-            "installed package. Run it from a checkout (scripts/_setup gpu, then .venv/bin/nmoe bench)."
+            "installed package. Run it from a checkout (scripts/_setup gpu test, then .venv/bin/nmoe bench)."
         )
     sys.path.insert(0, str(root))
-    return int(importlib.import_module("perf.suite").main(argv))
+    try:
+        suite = importlib.import_module("perf.suite")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the benchmarks need {error.name}, which is not in {sys.prefix}. Run: scripts/_setup gpu test"
+        ) from error
+    return int(suite.main(argv))

@@ -172,7 +172,8 @@ def report(entry: dict[str, Any]) -> None:
 
 
 def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """P3: the best of the step sizes. P7: the worst of prefill and decode, where both were measured."""
+    """P3: the best of the step sizes. P7: the worst of prefill and decode. The last chunk of the long sequence. Each
+    where it was measured."""
     prefill = [entry for entry in entries if entry["part"] == "goals"]
     decode = [entry for entry in entries if entry["part"] == "decode"]
     lines = {}
@@ -199,6 +200,13 @@ def goal_lines(entries: Sequence[dict[str, Any]], args: argparse.Namespace) -> d
             method=f"perf/bench_prefill.py: the worst of steps of {sizes} prefill tokens and of {DECODE_ROWS} decode "
             f"rows at {DECODE_CONTEXT:,}; waits for a launch, an upper bound (perf/step_clock.py)",
         )
+    for seconds in (entry["chunk_s"] for entry in entries if entry["part"] == "long"):
+        last = LONG // LONG_CHUNK - 1
+        if last in seconds:
+            lines["prefill_131072"] = results.goal_line(
+                round(seconds[last], 2), "s", "none", args, method="perf/bench_prefill.py, long: one sequence of "
+                f"{LONG:,} tokens in chunks of {LONG_CHUNK:,}, the last of chunks {', '.join(map(str, seconds))}",
+            )  # fmt: skip
     return lines
 
 

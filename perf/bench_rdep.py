@@ -40,6 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmoe_backend import environ
 from nmoe_backend.kernels.block_fp8_gemm_sm90 import block_fp8_gemm
 from nmoe_backend.kernels.rdep_gpu import (
     RdepLayout,
@@ -62,7 +63,6 @@ SHARED_SIZE, BLOCK = 2048, 128
 BUDGET_S = 0.15  # of replays of one graph
 FEWEST_CALLS, LONG_US = 10, 500.0
 MAX_SPINS = 40_000_000  # ten seconds
-BOTH = ("cuda:0", "cuda:1")
 GOAL_TOKENS, COPY_TOKENS = 256, 4096
 
 
@@ -346,6 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--routing", nargs="+", choices=("random", "spread"), default=["random", "spread"])
     results.add_arguments(parser)
     args = results.parse(parser, argv)
+    for name, value in environ.cuda_settings().items():
+        environ.export(name, value)  # before CUDA starts
     results.require_gpu(2)
     entries: list[dict[str, Any]] = []
     names = ("dispatch", "give_back", "combine", "barrier", "layer us", "moe us", "GB/s", "GB/s", "moved", "copy")

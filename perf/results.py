@@ -159,10 +159,12 @@ def write_all(
 
 
 def write_document(made: Mapping[str, Any], output: Path | None) -> None:
-    """Where that was asked for."""
+    """Where that was asked for: whole or not at all, for a benchmark may be ended at any time."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(made, indent=1) + "\n")
+        partial = output.with_suffix(".partial")
+        partial.write_text(json.dumps(made, indent=1) + "\n")
+        partial.replace(output)
 
 
 def save_lines(path: Path, lines: Mapping[str, Any]) -> None:

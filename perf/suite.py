@@ -1,28 +1,37 @@
 """All GPU benchmarks in one go: `nmoe bench --suite quick|full --output DIR`, or `python -m perf.suite` with the same.
 
-Each runs in a process of its own, so that it finds an empty GPU, and leaves DIR/<name>.json and .log. Then: a table of
-the goals beside the baseline of this kind of GPU (perf/baselines/), DIR/goals.json, and PNGs of the batch sweep and of
-latency over throughput. Exit code 1 where a benchmark failed or a figure is more than --percent worse than the
-baseline; what this machine has too few GPUs for is named and not run. --collect runs nothing and does the rest for
-documents that lie in DIR already. --save keeps the goals' lines, and in files beside them the kernels' and all entries.
+Each runs in a process of its own, so that it finds an empty GPU, and leaves DIR/<name>.json and .log. Those of one GPU
+run side by side, one a GPU; those of several, and those that measure the host too, run before and alone. One that fails
+or takes longer than five minutes is ended and named, and the others run on. Then: a table of the goals beside the
+baseline of this kind of GPU (perf/baselines/), DIR/goals.json, and PNGs of the batch sweep and of latency over
+throughput. Exit code 1 where a benchmark failed or a figure is more than --percent worse than the baseline; what this
+machine has too few GPUs for is named and not run. --collect runs nothing and does the rest for documents that lie in
+DIR already. --save keeps the goals' lines, and in files beside them the kernels' (with --peers) and all entries.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import json
-import subprocess
+import os
+import signal
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perf import results
+from perf import plots, results
 from perf.bench_kernels import kernel_lines
 from perf.model_folder import write_model_folder
 from perf.regression import regressions
 
+LIMIT_S = 300.0  # of a benchmark; the longest that was timed whole, latency, took 160
+END_S = 75.0  # of one that is told to end: its tritonserver may take 60
+LINE_BYTES = 1 << 24  # of a benchmark's longest line: its results as JSON
 MODEL = "model"  # in the folder: config.json and a tokenizer, for the streams over scripted ranks
 
 
@@ -34,6 +43,7 @@ class Benchmark:
     arguments: tuple[str, ...] = ()
     goals: tuple[str, ...] = ()  # that it measures
     num_gpus: int = 1
+    is_alone: bool = False  # nothing runs beside it: it needs more GPUs than one, or measures the host too
 
     def command(self, folder: Path, args: argparse.Namespace) -> list[str]:
         """What runs."""
@@ -51,6 +61,10 @@ class Benchmark:
 
 
 DECODE_GOALS = ("P1", "P2", "P1_deterministic", "P2_deterministic")
+# The sizes of the baseline's lines, which fit `full` into ten minutes on two GPUs.
+P9 = ("--name", "P9", "--streams", "2048", "--rates", "22000", "36000", "--clients", "4", "--seconds", "20")
+LOADS = ("--tokens", "120", "--rates", "4", "10", "20", "40", "--seconds", "5")
+LONG_PREFILL = ("--parts", "goals", "decode", "long", "--chunks", "0", "7", "15")
 SUITES: Mapping[str, tuple[Benchmark, ...]] = {
     "quick": (
         Benchmark(name="lmsys_decode", arguments=("--parts", "goals", "deterministic"), goals=DECODE_GOALS),
@@ -58,58 +72,100 @@ SUITES: Mapping[str, tuple[Benchmark, ...]] = {
         Benchmark(name="latency", arguments=("--parts", "decode"), goals=("P4", "P6", "P7_engine")),
     ),
     "full": (
-        Benchmark(name="rdep", goals=("P5",), num_gpus=2),
-        Benchmark(name="kernels"),
+        Benchmark(name="rdep", goals=("P5",), num_gpus=2, is_alone=True),
+        Benchmark(name="load", goals=("load_one_rank", "load_eight_ranks"), is_alone=True),
+        Benchmark(name="streaming", arguments=P9, goals=("P9",), num_gpus=0, is_alone=True),
         Benchmark(
             name="lmsys_decode",
             arguments=("--parts", "goals", "deterministic", "batch", "skew", "context"),
             goals=DECODE_GOALS,
         ),
-        Benchmark(name="prefill", arguments=("--parts", "goals", "decode", "long"), goals=("P3", "P7")),
-        Benchmark(name="latency", goals=("P4", "P6", "P7_engine")),
+        Benchmark(name="latency", arguments=LOADS, goals=("P4", "P6", "P7_engine")),
+        Benchmark(name="prefill", arguments=LONG_PREFILL, goals=("P3", "P7", "prefill_131072")),
         Benchmark(name="startup", goals=("start_cold", "capture_eight_ranks")),
-        Benchmark(name="load", goals=("load_one_rank", "load_eight_ranks")),
-        Benchmark(
-            name="streaming",
-            arguments=("--name", "P9", "--streams", "2048", "--rates", "22000", "36000", "--clients", "4"),
-            goals=("P9",),
-            num_gpus=0,
-        ),
+        Benchmark(name="kernels"),
     ),
-}  # fmt: skip
+}
 
 
-def run(benchmark: Benchmark, folder: Path, args: argparse.Namespace) -> bool:
-    """Prints and keeps what it says; False where it failed."""
-    print(f"\n== {benchmark.name}", flush=True)
+async def run(benchmark: Benchmark, folder: Path, args: argparse.Namespace, devices: Sequence[str]) -> bool:
+    """Prints and keeps what it says, on these GPUs; False where it failed."""
+    name = benchmark.name
+    print(f"== {name}", flush=True)
     benchmark.document(folder).unlink(missing_ok=True)  # an old one must not pass for this run's
-    command = benchmark.command(folder, args)
-    with (folder / f"{benchmark.name}.log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=results.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )  # fmt: skip
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            log.write(line)
-        code = process.wait()
-    if code:
-        print(f"{benchmark.name}: exit code {code}", flush=True)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(devices), "PYTHONUNBUFFERED": "1"}
+    process = await asyncio.create_subprocess_exec(
+        *benchmark.command(folder, args), cwd=results.ROOT, env=environment, limit=LINE_BYTES, start_new_session=True,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        with (folder / f"{name}.log").open("w") as log:
+            async with asyncio.timeout(LIMIT_S):
+                async for raw in process.stdout:
+                    line = raw.decode(errors="replace")
+                    print(f"{name}: {line}", end="", flush=True)
+                    log.write(line)
+                code = await process.wait()
+    except TimeoutError:
+        print(f"== {name}: still runs after {LIMIT_S:g} s, and is ended", flush=True)
+        return False
+    finally:
+        await _end(process)
+    print(f"== {name}: exit code {code}", flush=True)
     return code == 0
 
 
-def run_all(chosen: Sequence[Benchmark], folder: Path, args: argparse.Namespace) -> tuple[list[str], list[Benchmark]]:
-    """(names of what failed, what was run)."""
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Where it still runs, interrupts it, so that it ends its servers. Then kills what is left of its group."""
+    with contextlib.suppress(ProcessLookupError):
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_S):
+                    await process.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+async def run_all(
+    chosen: Sequence[Benchmark], folder: Path, args: argparse.Namespace, devices: Sequence[str]
+) -> list[str]:
+    """Names of what failed. Ends what runs where it is cancelled, as SIGTERM does."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    failed = []
+
+    async def run_next(waiting: deque[Benchmark], on: Sequence[str]) -> None:
+        while waiting:
+            benchmark = waiting.popleft()
+            if not await run(benchmark, folder, args, on[: benchmark.num_gpus]):
+                failed.append(benchmark.name)
+
+    await run_next(deque(one for one in chosen if one.is_alone), devices)
+    beside = deque(one for one in chosen if not one.is_alone)
+    async with asyncio.TaskGroup() as lanes:
+        for device in devices:
+            lanes.create_task(run_next(beside, [device]))
+    return failed
+
+
+def visible_devices() -> list[str]:
+    """This machine's GPUs, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
-    found = torch.cuda.device_count()
-    if any(benchmark.name == "streaming" for benchmark in chosen):
-        write_model_folder(folder / MODEL)
-    ran = [benchmark for benchmark in chosen if benchmark.num_gpus <= found]
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:count] or [str(index) for index in range(count)]
+
+
+def with_enough_gpus(chosen: Sequence[Benchmark], found: int) -> list[Benchmark]:
+    """Those that can run; names the others."""
     for benchmark in chosen:
-        if benchmark not in ran:
+        if benchmark.num_gpus > found:
             print(f"{benchmark.name} needs {benchmark.num_gpus} GPUs, this machine has {found}: NOT run", flush=True)
-    return [benchmark.name for benchmark in ran if not run(benchmark, folder, args)], ran
+    return [benchmark for benchmark in chosen if benchmark.num_gpus <= found]
 
 
 def read_documents(chosen: Sequence[Benchmark], folder: Path) -> dict[str, dict[str, Any]]:
@@ -135,8 +191,6 @@ def table(goals: Mapping[str, Mapping[str, Any]], baseline: Mapping[str, Mapping
 
 def draw(documents: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
     """The PNGs that the documents have points for."""
-    from perf import plots
-
     drawn = []
     decode, latency = documents.get("lmsys_decode"), documents.get("latency")
     if decode and any(one["part"] == "batch" for one in decode["results"]):
@@ -174,11 +228,9 @@ def conclude(ran: Sequence[Benchmark], folder: Path, args: argparse.Namespace) -
         results.save_lines(path, goals)
         entries = {name: without_kernels(made) for name, made in documents.items() if name != "kernels"}
         results.save_lines(path.with_stem(f"{path.stem}_entries"), entries)
-        if "kernels" in documents:
-            made = documents["kernels"]
-            results.save_lines(
-                path.with_stem(f"{path.stem}_kernels"), kernel_lines(made["results"], made["commit"])
-            )  # fmt: skip
+        if "kernels" in documents and args.peers:  # without, the lines would lose what peers took
+            lines = kernel_lines(documents["kernels"]["results"], documents["kernels"]["commit"])
+            results.save_lines(path.with_stem(f"{path.stem}_kernels"), lines)
     return worse
 
 
@@ -203,6 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"the suite {args.suite} has no {', '.join(unknown)}; it has {', '.join(names)}")
     chosen = tuple(benchmark for benchmark in chosen if args.only is None or benchmark.name in args.only)
+    if args.peers and not (args.peers / "peers.py").exists():
+        parser.error(f"--peers {args.peers} has no peers.py: it names the unpacked folder of the peers' kernels")
     folder = args.output.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
@@ -210,7 +264,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         ran = [benchmark for benchmark in chosen if benchmark.document(folder).exists()]
     else:
         results.require_gpu()
-        failed, ran = run_all(chosen, folder, args)
+        devices = visible_devices()
+        ran = with_enough_gpus(chosen, len(devices))
+        if any(benchmark.name == "streaming" for benchmark in ran):
+            write_model_folder(folder / MODEL)
+        try:
+            failed = asyncio.run(run_all(ran, folder, args, devices))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            raise SystemExit(f"interrupted; --collect looks at what is in {folder}") from None
     worse = conclude(ran, folder, args)
     print("\n".join(f"WORSE {line}" for line in worse) or f"nothing is more than {args.percent:g} % worse")
     if failed:

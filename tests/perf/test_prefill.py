@@ -50,3 +50,7 @@ def test_the_lines_are_the_best_rate_and_the_longest_wait() -> None:
     assert "8 steps of 8000 tokens" in lines["P3"]["method"]
     assert lines["P7"]["value"] == 2.34
     assert goal_lines(entries[:2], args).keys() == {"P3"}, "P7 needs both"  # type: ignore[arg-type]
+    long = {"part": "long", "chunk_s": {0: 0.95, 15: 9.486}}
+    line = goal_lines([long], args)["prefill_131072"]  # type: ignore[arg-type, list-item]
+    assert line["value"] == 9.49 and line["method"].endswith("in chunks of 8,192, the last of chunks 0, 15")
+    assert goal_lines([{"part": "long", "chunk_s": {0: 0.95}}], args) == {}  # type: ignore[arg-type, list-item]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from nmoe_backend import bench
 from nmoe_backend.types import ConfigError
-from perf import plots, suite
+from perf import bench_streaming, plots, suite
 from perf.suite import Benchmark
 
 FAKE = """
@@ -56,7 +58,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_as_good_as_the_baseline_is_exit_code_0(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(2.09) == 0
     said = capsys.readouterr().out
-    assert "measuring abc" in said and "nothing is more than 5 % worse" in said
+    assert "\nfake: measuring abc\n== fake: exit code 0\n" in said and "nothing is more than 5 % worse" in said
     assert (tmp_path / "out" / "fake.log").read_text() == "measuring abc\n"
     assert json.loads((tmp_path / "out" / "goals.json").read_text())["G1"]["value"] == 2.09
 
@@ -103,11 +105,31 @@ def test_collect_looks_at_what_is_there(run: Any, tmp_path: Path, monkeypatch: p
 def test_every_benchmark_of_the_suites_exists_and_measures_what_it_says() -> None:
     goals = [goal for benchmark in suite.SUITES["full"] for goal in benchmark.goals]
     assert {"P1", "P2", "P4", "P5", "P6", "P7_engine", "P9"} <= set(goals) and len(goals) == len(set(goals))
+    assert all(benchmark.is_alone for benchmark in suite.SUITES["full"] if benchmark.num_gpus != 1)
     for benchmark in (one for chosen in suite.SUITES.values() for one in chosen):
         source = Path(suite.__file__).with_name(f"bench_{benchmark.name}.py").read_text()
         assert all(f'"{goal}"' in source for goal in benchmark.goals), benchmark.name
         options = [argument for argument in benchmark.arguments if argument.startswith("--")]
         assert all(f'"{option}"' in source for option in options), benchmark.name
+
+
+@pytest.mark.parametrize("benchmark", suite.SUITES["full"][1:], ids=lambda one: one.name)
+def test_the_benchmarks_take_what_the_full_suite_gives_them(
+    benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to where they want a GPU. The first, bench_rdep, cannot be imported without Triton-lang."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    args = argparse.Namespace(commit="abc", peers=None)
+    _, _, module, *arguments = benchmark.command(tmp_path, args)
+    main = importlib.import_module(module).main
+    if benchmark.name != "streaming":
+        with pytest.raises(SystemExit, match="got 0 CUDA GPUs"):
+            main(arguments)
+        return
+    row = bench_streaming.Result(**dict.fromkeys(bench_streaming.Result.__dataclass_fields__, 1.0))
+    monkeypatch.setattr(bench_streaming, "measure", lambda args, rate, folder: row)
+    main(arguments)
+    assert list(json.loads((tmp_path / "streaming.json").read_text())["goals"]) == ["P9"]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +161,9 @@ def test_nmoe_bench_hands_over_and_explains_itself_without_a_source_tree(
     asked: list[Any] = []
     monkeypatch.setattr(suite, "main", lambda argv: asked.append(argv) or 3)
     assert bench.main(["--suite", "full"]) == 3 and asked == [["--suite", "full"]]
+    monkeypatch.setitem(sys.modules, "perf.suite", None)  # as where something that it imports is missing
+    with pytest.raises(ConfigError, match="the benchmarks need perf.suite.*scripts/_setup gpu test"):
+        bench.main([])
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "nmoe_backend" / "bench.py"))
     with pytest.raises(ConfigError, match="Run it from a checkout"):
         bench.main([])
