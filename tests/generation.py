@@ -9,7 +9,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,9 +47,9 @@ def serve_config(directory: Path, checkpoint: Path, num_ranks: int = 2, **keys: 
 
 
 @contextmanager
-def engine_of(config: ServeConfig) -> Iterator[Orchestrator]:
+def engine_of(config: ServeConfig, progress: Callable[[str], None] = lambda line: None) -> Iterator[Orchestrator]:
     """A started engine, closed at the end whatever happens."""
-    engine = warmup.start(config, progress=lambda line: None)
+    engine = warmup.start(config, progress)
     try:
         yield engine
     finally:
