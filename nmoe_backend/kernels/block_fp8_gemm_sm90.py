@@ -78,8 +78,10 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_weights(p_desc, q_desc, p_buf, q_buf, bar, p, q, k, stage, pred,
-                  BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, G: gl.constexpr):
+def _load_weights(descs, stages, bar, p, q, k, stage, pred, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
+                  SWAP: gl.constexpr, G: gl.constexpr):
+    p_desc, q_desc, s_desc = descs
+    p_buf, q_buf, s_buf, full, empty = stages
     SUBS: gl.constexpr = BLOCK_P // 64
     for j in gl.static_range(G):
         if SWAP:
@@ -92,18 +94,35 @@ def _load_weights(p_desc, q_desc, p_buf, q_buf, bar, p, q, k, stage, pred,
 
 
 @gluon.jit
-def _load(p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles, scale_stride,
-          BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, KU: gl.constexpr,
-          STAGES: gl.constexpr, GROUP: gl.constexpr, LETS_NEXT_START: gl.constexpr):
+def _load_rows(descs, stages, bar, p, q, token, k, stage, scale_stride, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
+               SWAP: gl.constexpr, G: gl.constexpr):
+    """x and its scales."""
+    p_desc, q_desc, s_desc = descs
+    p_buf, q_buf, s_buf, full, empty = stages
     SUBS: gl.constexpr = BLOCK_P // 64
-    G: gl.constexpr = 4 if KU == 4 else 1
+    for j in gl.static_range(G):
+        if SWAP:
+            tma.async_copy_global_to_shared(q_desc, [q * BLOCK_Q, (k * G + j) * 128], bar, q_buf.index(stage * G + j))
+        else:
+            for sub in gl.static_range(SUBS):
+                tma.async_copy_global_to_shared(p_desc, [p * BLOCK_P + sub * 64, (k * G + j) * 128], bar,
+                                                p_buf.index((stage * G + j) * SUBS + sub))
+        tma.async_copy_global_to_shared(s_desc, [(k * G + j) * scale_stride + token], bar, s_buf.index(stage * G + j))
+
+
+@gluon.jit
+def _load(descs, stages, sizes, scale_stride, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr,
+          KU: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, LETS_NEXT_START: gl.constexpr):
+    """Feeds the TMA queue, stage by stage."""
+    p_buf, q_buf, s_buf, full, empty = stages
+    num_p, num_q, num_k, num_tiles = sizes
     BYTES: gl.constexpr = G * ((BLOCK_P + BLOCK_Q) * 128 + s_buf.shape[1] * 4)
     # Weights never change: those of the first stages are on their way before the kernel ahead has ended.
     p, q = _tile(gl.program_id(0), num_p, num_q, GROUP)
     ahead = gl.minimum(num_k * (KU // G), STAGES)
     for s in range(ahead):
         mbarrier.expect(full.index(s), BYTES)
-        _load_weights(p_desc, q_desc, p_buf, q_buf, full.index(s), p, q, s, s, True, BLOCK_P, BLOCK_Q, SWAP, G)
+        _load_weights(descs, stages, full.index(s), p, q, s, s, True, BLOCK_P, BLOCK_Q, SWAP, G)
     gdc_wait()
     if LETS_NEXT_START:
         gdc_launch_dependents()
@@ -116,18 +135,9 @@ def _load(p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, BYTES, pred=ahead <= 0)
-            _load_weights(p_desc, q_desc, p_buf, q_buf, bar, p, q, k, stage, ahead <= 0, BLOCK_P, BLOCK_Q, SWAP, G)
+            _load_weights(descs, stages, bar, p, q, k, stage, ahead <= 0, BLOCK_P, BLOCK_Q, SWAP, G)
             ahead -= 1
-            for j in gl.static_range(G):
-                if SWAP:
-                    tma.async_copy_global_to_shared(q_desc, [q * BLOCK_Q, (k * G + j) * 128], bar,
-                                                    q_buf.index(stage * G + j))
-                else:
-                    for sub in gl.static_range(SUBS):
-                        tma.async_copy_global_to_shared(p_desc, [p * BLOCK_P + sub * 64, (k * G + j) * 128], bar,
-                                                        p_buf.index((stage * G + j) * SUBS + sub))
-                tma.async_copy_global_to_shared(s_desc, [(k * G + j) * scale_stride + token], bar,
-                                                s_buf.index(stage * G + j))
+            _load_rows(descs, stages, bar, p, q, token, k, stage, scale_stride, BLOCK_P, BLOCK_Q, SWAP, G)
             stage, phase = _next(stage, phase, STAGES)
 
 
@@ -154,12 +164,12 @@ def _scale(s_buf, slot, w_scale, layout: gl.constexpr, ME: gl.constexpr, BLOCK_Q
 
 
 @gluon.jit
-def _consume(out_desc, ws, p_buf, q_buf, s_buf, out_buf, full, empty, num_p, num_q, num_k, num_tiles, ws_stride,
-             ws_rows, ws_cols,
-             ME: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, KU: gl.constexpr,
-             STAGES: gl.constexpr, GROUP: gl.constexpr):
+def _consume(out_desc, out_buf, scales, stages, sizes, ME: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
+             SWAP: gl.constexpr, KU: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr):
     """Warpgroup ME: rows [64 ME, 64 ME + 64) of the tile. KU products are in flight while the first is added up."""
-    G: gl.constexpr = 4 if KU == 4 else 1
+    p_buf, q_buf, s_buf, full, empty = stages
+    num_p, num_q, num_k, num_tiles = sizes
+    ws, ws_stride, ws_rows, ws_cols = scales
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 32])
     SUBS: gl.constexpr = BLOCK_P // 64
     stage = 0
@@ -174,53 +184,28 @@ def _consume(out_desc, ws, p_buf, q_buf, s_buf, out_buf, full, empty, num_p, num
         ws_row = ws + gl.minimum(w_row // 128, ws_rows - 1) * ws_stride
         acc = gl.zeros([64, BLOCK_Q], gl.float32, mma)
         for k in range(num_k):
-            w0 = gl.load(ws_row + k * KU)
-            if KU >= 2:
-                w1 = gl.load(ws_row + gl.minimum(k * KU + 1, ws_cols - 1))
-            if KU == 4:
-                w2 = gl.load(ws_row + gl.minimum(k * KU + 2, ws_cols - 1))
-                w3 = gl.load(ws_row + gl.minimum(k * KU + 3, ws_cols - 1))
-            mbarrier.wait(full.index(stage), phase)
-            t0 = warpgroup_mma(p_buf.index(stage * G * SUBS + ME), q_buf.index(stage * G).permute((1, 0)), zero,
-                               use_acc=False, is_async=True)
-            s0 = _scale(s_buf, stage * G, w0, mma, ME, BLOCK_Q, SWAP)
-            if KU == 1:
-                t0 = warpgroup_mma_wait(0, deps=[t0])
-                mbarrier.arrive(empty.index(stage))
-                acc = gl.fma(t0, s0, acc)
-            elif KU == 2:
-                stage1, phase1 = _next(stage, phase, STAGES)
-                mbarrier.wait(full.index(stage1), phase1)
-                t1 = warpgroup_mma(p_buf.index(stage1 * SUBS + ME), q_buf.index(stage1).permute((1, 0)), zero,
-                                   use_acc=False, is_async=True)
-                t0 = warpgroup_mma_wait(1, deps=[t0])
-                mbarrier.arrive(empty.index(stage))
-                acc = gl.fma(t0, s0, acc)
-                s1 = _scale(s_buf, stage1, w1, mma, ME, BLOCK_Q, SWAP)
-                t1 = warpgroup_mma_wait(0, deps=[t1])
-                mbarrier.arrive(empty.index(stage1))
-                acc = gl.fma(t1, s1, acc)
-                stage = stage1
-                phase = phase1
-            else:
-                t1 = warpgroup_mma(p_buf.index((stage * G + 1) * SUBS + ME), q_buf.index(stage * G + 1).permute((1, 0)),
-                                   zero, use_acc=False, is_async=True)
-                t2 = warpgroup_mma(p_buf.index((stage * G + 2) * SUBS + ME), q_buf.index(stage * G + 2).permute((1, 0)),
-                                   zero, use_acc=False, is_async=True)
-                t3 = warpgroup_mma(p_buf.index((stage * G + 3) * SUBS + ME), q_buf.index(stage * G + 3).permute((1, 0)),
-                                   zero, use_acc=False, is_async=True)
-                t0 = warpgroup_mma_wait(3, deps=[t0])
-                acc = gl.fma(t0, s0, acc)
-                s1 = _scale(s_buf, stage * G + 1, w1, mma, ME, BLOCK_Q, SWAP)
-                t1 = warpgroup_mma_wait(2, deps=[t1])
-                acc = gl.fma(t1, s1, acc)
-                s2 = _scale(s_buf, stage * G + 2, w2, mma, ME, BLOCK_Q, SWAP)
-                t2 = warpgroup_mma_wait(1, deps=[t2])
-                acc = gl.fma(t2, s2, acc)
-                s3 = _scale(s_buf, stage * G + 3, w3, mma, ME, BLOCK_Q, SWAP)
-                t3 = warpgroup_mma_wait(0, deps=[t3])
-                mbarrier.arrive(empty.index(stage))
-                acc = gl.fma(t3, s3, acc)
+            w_scales = (gl.load(ws_row + k * KU),)
+            for j in gl.static_range(1, KU):  # past the last block products are 0
+                w_scales += (gl.load(ws_row + gl.minimum(k * KU + j, ws_cols - 1)),)
+            used, parts = (), ()
+            for j in gl.static_range(KU):
+                if j % G == 0:
+                    if j > 0:
+                        stage, phase = _next(stage, phase, STAGES)
+                    mbarrier.wait(full.index(stage), phase)
+                slot = stage * G + j % G
+                parts += (warpgroup_mma(p_buf.index(slot * SUBS + ME), q_buf.index(slot).permute((1, 0)), zero,
+                                        use_acc=False, is_async=True),)
+                used += (stage,)
+                if j == 0:
+                    scale = _scale(s_buf, slot, w_scales[0], mma, ME, BLOCK_Q, SWAP)
+            for j in gl.static_range(KU):
+                part = warpgroup_mma_wait(KU - 1 - j, deps=[parts[j]])
+                if j % G == G - 1:
+                    mbarrier.arrive(empty.index(used[j]))
+                acc = gl.fma(part, scale, acc)
+                if j < KU - 1:
+                    scale = _scale(s_buf, used[j + 1] * G + (j + 1) % G, w_scales[j + 1], mma, ME, BLOCK_Q, SWAP)
             stage, phase = _next(stage, phase, STAGES)
         _store(acc, out_desc, out_buf, row, col, SWAP)
     tma.store_wait(0)
@@ -232,12 +217,12 @@ def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, num_p, num_q, num_k, num_
                  ws_rows, ws_cols,
                  BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, KU: gl.constexpr,
                  STAGES: gl.constexpr, GROUP: gl.constexpr, LETS_NEXT_START: gl.constexpr):
-    SUBS: gl.constexpr = BLOCK_P // 64
-    G: gl.constexpr = 4 if KU == 4 else 1
+    SUBS: gl.constexpr = BLOCK_P // 64  # warpgroups
+    G: gl.constexpr = 4 if KU == 4 else 1  # blocks of k a stage
     p_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * G * SUBS, 64, 128], p_desc.layout)
     q_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * G, BLOCK_Q, 128], q_desc.layout)
     s_buf = gl.allocate_shared_memory(gl.float32, [STAGES * G, s_desc.block_type.shape[0]], s_desc.layout)
-    out_buf = gl.allocate_shared_memory(
+    out = gl.allocate_shared_memory(
         gl.bfloat16, [SUBS, out_desc.block_type.shape[0], out_desc.block_type.shape[1]], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -245,36 +230,28 @@ def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, num_p, num_q, num_k, num_
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=SUBS)
     fence_async_shared()
+    descs = (p_desc, q_desc, s_desc)
+    stages = (p_buf, q_buf, s_buf, full, empty)
+    sizes = (num_p, num_q, num_k, num_tiles)
+    scales = (ws, ws_stride, ws_rows, ws_cols)
     if SUBS == 1:
-        gl.warp_specialize(
-            [
-                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(0), full, empty, num_p, num_q, num_k,
-                            num_tiles, ws_stride, ws_rows, ws_cols, 0, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
-                (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles,
-                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP, LETS_NEXT_START)),
-            ], [1], [24])
+        gl.warp_specialize([
+            (_consume, (out_desc, out.index(0), scales, stages, sizes, 0, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
+            (_load, (descs, stages, sizes, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP, LETS_NEXT_START)),
+        ], [1], [24])
     elif SUBS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(0), full, empty, num_p, num_q, num_k,
-                            num_tiles, ws_stride, ws_rows, ws_cols, 0, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
-                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(1), full, empty, num_p, num_q, num_k,
-                            num_tiles, ws_stride, ws_rows, ws_cols, 1, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
-                (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles,
-                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP, LETS_NEXT_START)),
-            ], [4, 1], [232, 24])
+        gl.warp_specialize([
+            (_consume, (out_desc, out.index(0), scales, stages, sizes, 0, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
+            (_consume, (out_desc, out.index(1), scales, stages, sizes, 1, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
+            (_load, (descs, stages, sizes, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP, LETS_NEXT_START)),
+        ], [4, 1], [232, 24])
     else:
-        gl.warp_specialize(
-            [
-                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(0), full, empty, num_p, num_q, num_k,
-                            num_tiles, ws_stride, ws_rows, ws_cols, 0, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
-                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(1), full, empty, num_p, num_q, num_k,
-                            num_tiles, ws_stride, ws_rows, ws_cols, 1, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
-                (_consume, (out_desc, ws, p_buf, q_buf, s_buf, out_buf.index(2), full, empty, num_p, num_q, num_k,
-                            num_tiles, ws_stride, ws_rows, ws_cols, 2, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP)),
-                (_load, (p_desc, q_desc, s_desc, p_buf, q_buf, s_buf, full, empty, num_p, num_q, num_k, num_tiles,
-                         scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, STAGES, GROUP, LETS_NEXT_START)),
-            ], [4, 4, 1], [160, 160, 24])
+        gl.warp_specialize([
+            (_consume, (out_desc, out.index(0), scales, stages, sizes, 0, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
+            (_consume, (out_desc, out.index(1), scales, stages, sizes, 1, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
+            (_consume, (out_desc, out.index(2), scales, stages, sizes, 2, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
+            (_load, (descs, stages, sizes, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP, LETS_NEXT_START)),
+        ], [4, 4, 1], [160, 160, 24])
 # fmt: on
 
 
