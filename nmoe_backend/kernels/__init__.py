@@ -1,7 +1,9 @@
-"""One operation a file. Imports torch only; kernels do not import each other and nothing of this project.
+"""One operation a file or a folder. Imports torch only: nothing of this project, and no other kernel but those of one
+folder.
 
 `<name>_reference` is the plain-torch form: slow, obviously right, on any device. It is what a faster kernel of the same
-operation is tested against. Layers reach operations through `layers/ops.py` only.
+operation is tested against. Layers reach these through `layers/ops.py`, the kernels through `layers/hopper_ops.py` and
+`layers/hopper_exchange.py`.
 
 Modules named `*_gpu` and `*_sm90` need triton and are imported where the device is a GPU only.
 

@@ -78,10 +78,10 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_weights(descs, stages, bar, p, q, k, stage, pred, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
+def _load_weights(descs, buffers, bar, p, q, k, stage, pred, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
                   SWAP: gl.constexpr, G: gl.constexpr):
-    p_desc, q_desc, s_desc = descs
-    p_buf, q_buf, s_buf, full, empty = stages
+    p_desc, q_desc, _ = descs
+    p_buf, q_buf, _ = buffers
     SUBS: gl.constexpr = BLOCK_P // 64
     for j in gl.static_range(G):
         if SWAP:
@@ -94,11 +94,11 @@ def _load_weights(descs, stages, bar, p, q, k, stage, pred, BLOCK_P: gl.constexp
 
 
 @gluon.jit
-def _load_rows(descs, stages, bar, p, q, token, k, stage, scale_stride, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
+def _load_rows(descs, buffers, bar, p, q, token, k, stage, scale_stride, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
                SWAP: gl.constexpr, G: gl.constexpr):
     """x and its scales."""
     p_desc, q_desc, s_desc = descs
-    p_buf, q_buf, s_buf, full, empty = stages
+    p_buf, q_buf, s_buf = buffers
     SUBS: gl.constexpr = BLOCK_P // 64
     for j in gl.static_range(G):
         if SWAP:
@@ -111,10 +111,11 @@ def _load_rows(descs, stages, bar, p, q, token, k, stage, scale_stride, BLOCK_P:
 
 
 @gluon.jit
-def _load(descs, stages, sizes, scale_stride, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr,
+def _load(descs, buffers, bars, sizes, scale_stride, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr, SWAP: gl.constexpr,
           KU: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, LETS_NEXT_START: gl.constexpr):
     """Feeds the TMA queue, stage by stage."""
-    p_buf, q_buf, s_buf, full, empty = stages
+    _, _, s_buf = buffers
+    full, empty = bars
     num_p, num_q, num_k, num_tiles = sizes
     BYTES: gl.constexpr = G * ((BLOCK_P + BLOCK_Q) * 128 + s_buf.shape[1] * 4)
     # Weights never change: those of the first stages are on their way before the kernel ahead has ended.
@@ -122,7 +123,7 @@ def _load(descs, stages, sizes, scale_stride, BLOCK_P: gl.constexpr, BLOCK_Q: gl
     ahead = gl.minimum(num_k * (KU // G), STAGES)
     for s in range(ahead):
         mbarrier.expect(full.index(s), BYTES)
-        _load_weights(descs, stages, full.index(s), p, q, s, s, True, BLOCK_P, BLOCK_Q, SWAP, G)
+        _load_weights(descs, buffers, full.index(s), p, q, s, s, True, BLOCK_P, BLOCK_Q, SWAP, G)
     gdc_wait()
     if LETS_NEXT_START:
         gdc_launch_dependents()
@@ -135,9 +136,9 @@ def _load(descs, stages, sizes, scale_stride, BLOCK_P: gl.constexpr, BLOCK_Q: gl
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, BYTES, pred=ahead <= 0)
-            _load_weights(descs, stages, bar, p, q, k, stage, ahead <= 0, BLOCK_P, BLOCK_Q, SWAP, G)
+            _load_weights(descs, buffers, bar, p, q, k, stage, ahead <= 0, BLOCK_P, BLOCK_Q, SWAP, G)
             ahead -= 1
-            _load_rows(descs, stages, bar, p, q, token, k, stage, scale_stride, BLOCK_P, BLOCK_Q, SWAP, G)
+            _load_rows(descs, buffers, bar, p, q, token, k, stage, scale_stride, BLOCK_P, BLOCK_Q, SWAP, G)
             stage, phase = _next(stage, phase, STAGES)
 
 
@@ -164,10 +165,12 @@ def _scale(s_buf, slot, w_scale, layout: gl.constexpr, ME: gl.constexpr, BLOCK_Q
 
 
 @gluon.jit
-def _consume(out_desc, out_buf, scales, stages, sizes, ME: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_Q: gl.constexpr,
-             SWAP: gl.constexpr, KU: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr):
+def _consume(out_desc, out_buf, scales, buffers, bars, sizes, ME: gl.constexpr, BLOCK_P: gl.constexpr,
+             BLOCK_Q: gl.constexpr, SWAP: gl.constexpr, KU: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
+             GROUP: gl.constexpr):
     """Warpgroup ME: rows [64 ME, 64 ME + 64) of the tile. KU products are in flight while the first is added up."""
-    p_buf, q_buf, s_buf, full, empty = stages
+    p_buf, q_buf, s_buf = buffers
+    full, empty = bars
     num_p, num_q, num_k, num_tiles = sizes
     ws, ws_stride, ws_rows, ws_cols = scales
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 32])
@@ -222,7 +225,7 @@ def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, num_p, num_q, num_k, num_
     p_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * G * SUBS, 64, 128], p_desc.layout)
     q_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * G, BLOCK_Q, 128], q_desc.layout)
     s_buf = gl.allocate_shared_memory(gl.float32, [STAGES * G, s_desc.block_type.shape[0]], s_desc.layout)
-    out = gl.allocate_shared_memory(
+    out_buf = gl.allocate_shared_memory(
         gl.bfloat16, [SUBS, out_desc.block_type.shape[0], out_desc.block_type.shape[1]], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -231,26 +234,36 @@ def _gemm_kernel(p_desc, q_desc, s_desc, out_desc, ws, num_p, num_q, num_k, num_
         mbarrier.init(empty.index(s), count=SUBS)
     fence_async_shared()
     descs = (p_desc, q_desc, s_desc)
-    stages = (p_buf, q_buf, s_buf, full, empty)
+    buffers = (p_buf, q_buf, s_buf)
+    bars = (full, empty)
     sizes = (num_p, num_q, num_k, num_tiles)
     scales = (ws, ws_stride, ws_rows, ws_cols)
     if SUBS == 1:
         gl.warp_specialize([
-            (_consume, (out_desc, out.index(0), scales, stages, sizes, 0, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
-            (_load, (descs, stages, sizes, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP, LETS_NEXT_START)),
+            (_consume, (out_desc, out_buf.index(0), scales, buffers, bars, sizes, 0, BLOCK_P, BLOCK_Q, SWAP, KU, G,
+                        STAGES, GROUP)),
+            (_load, (descs, buffers, bars, sizes, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP,
+                     LETS_NEXT_START)),
         ], [1], [24])
     elif SUBS == 2:
         gl.warp_specialize([
-            (_consume, (out_desc, out.index(0), scales, stages, sizes, 0, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
-            (_consume, (out_desc, out.index(1), scales, stages, sizes, 1, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
-            (_load, (descs, stages, sizes, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP, LETS_NEXT_START)),
+            (_consume, (out_desc, out_buf.index(0), scales, buffers, bars, sizes, 0, BLOCK_P, BLOCK_Q, SWAP, KU, G,
+                        STAGES, GROUP)),
+            (_consume, (out_desc, out_buf.index(1), scales, buffers, bars, sizes, 1, BLOCK_P, BLOCK_Q, SWAP, KU, G,
+                        STAGES, GROUP)),
+            (_load, (descs, buffers, bars, sizes, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP,
+                     LETS_NEXT_START)),
         ], [4, 1], [232, 24])
     else:
         gl.warp_specialize([
-            (_consume, (out_desc, out.index(0), scales, stages, sizes, 0, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
-            (_consume, (out_desc, out.index(1), scales, stages, sizes, 1, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
-            (_consume, (out_desc, out.index(2), scales, stages, sizes, 2, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP)),
-            (_load, (descs, stages, sizes, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP, LETS_NEXT_START)),
+            (_consume, (out_desc, out_buf.index(0), scales, buffers, bars, sizes, 0, BLOCK_P, BLOCK_Q, SWAP, KU, G,
+                        STAGES, GROUP)),
+            (_consume, (out_desc, out_buf.index(1), scales, buffers, bars, sizes, 1, BLOCK_P, BLOCK_Q, SWAP, KU, G,
+                        STAGES, GROUP)),
+            (_consume, (out_desc, out_buf.index(2), scales, buffers, bars, sizes, 2, BLOCK_P, BLOCK_Q, SWAP, KU, G,
+                        STAGES, GROUP)),
+            (_load, (descs, buffers, bars, sizes, scale_stride, BLOCK_P, BLOCK_Q, SWAP, KU, G, STAGES, GROUP,
+                     LETS_NEXT_START)),
         ], [4, 4, 1], [160, 160, 24])
 # fmt: on
 

@@ -13,10 +13,10 @@ Numerics: bf16 products, fp32 scores, softmax (base 2) and accumulators; probabi
 second product. What lies beyond a row's length is never used, NaN included.
 
 Grid: one program an SM, whatever the batch: a group of neighbours, one a tile of 64 heads, takes the same items side by
-side and shares their keys through L2. Three warpgroups: "scores" computes q . k and
-the softmax, two "values" ones hold 64 x 256 accumulators each; the first of them also feeds the TMA queue. A thread has
-168 registers; shared memory is nearly full: queries 72 KB, two stages of 64 keys 144 KB. Probabilities overwrite their
-stage's rope keys, which are dead by then.
+side and shares their keys through L2. Three warpgroups: "scores" computes q . k and the softmax, two "values" ones hold
+64 x 256 accumulators each; the first of them also feeds the TMA queue. A thread has 168 registers; shared memory is
+nearly full: queries 72 KB, two stages of 64 keys 144 KB. Probabilities overwrite their stage's rope keys, which are
+dead by then.
 """
 
 # A jit function has no types that mypy knows; launchers are typed.
@@ -120,20 +120,14 @@ def _page_row(table, key, last_key, PAGE: gl.constexpr):
 
 @gluon.jit
 def _page_rows(tables_ptr, table_stride, row, first, num_keys, j, PAGE: gl.constexpr):
+    """Of each page of the item's j-th block of keys."""
     table = tables_ptr + row.to(gl.int64) * table_stride
     key = first + j * _BLOCK
     last_key = first + gl.maximum(num_keys - 1, 0)
-    y0 = _page_row(table, key, last_key, PAGE)
-    y1 = y0
-    y2 = y0
-    y3 = y0
-    if PAGE == 32:
-        y1 = _page_row(table, key + 32, last_key, PAGE)
-    if PAGE == 16:
-        y1 = _page_row(table, key + 16, last_key, PAGE)
-        y2 = _page_row(table, key + 32, last_key, PAGE)
-        y3 = _page_row(table, key + 48, last_key, PAGE)
-    return y0, y1, y2, y3
+    pages = ()
+    for page in gl.static_range(_BLOCK // PAGE):
+        pages += (_page_row(table, key + page * PAGE, last_key, PAGE),)
+    return pages
 
 
 @gluon.jit
@@ -148,19 +142,15 @@ def _fetch_page(rope_desc, k_latent, k_rope, bar, y, page, pred, PAGE: gl.conste
 
 
 @gluon.jit
-def _fetch_keys(  # noqa: PLR0913
-    kv_desc, rope_desc, k_latent, k_rope, bar, y0, y1, y2, y3, pred, PAGE: gl.constexpr
-):  # fmt: skip
+def _fetch_keys(kv_desc, rope_desc, k_latent, k_rope, bar, pages, pred, PAGE: gl.constexpr):
+    """A stage, from the rows where its pages start."""
     mbarrier.expect(bar, 64 * 576 * 2, pred=pred)
     if PAGE == _BLOCK:
-        tma.async_copy_global_to_shared(kv_desc, [y0, 0], bar, k_latent, pred=pred)
-        tma.async_copy_global_to_shared(rope_desc, [y0, 512], bar, k_rope, pred=pred)
+        tma.async_copy_global_to_shared(kv_desc, [pages[0], 0], bar, k_latent, pred=pred)
+        tma.async_copy_global_to_shared(rope_desc, [pages[0], 512], bar, k_rope, pred=pred)
     else:
-        _fetch_page(rope_desc, k_latent, k_rope, bar, y0, 0, pred, PAGE)
-        _fetch_page(rope_desc, k_latent, k_rope, bar, y1, 1, pred, PAGE)
-        if PAGE == 16:
-            _fetch_page(rope_desc, k_latent, k_rope, bar, y2, 2, pred, PAGE)
-            _fetch_page(rope_desc, k_latent, k_rope, bar, y3, 3, pred, PAGE)
+        for page in gl.static_range(_BLOCK // PAGE):
+            _fetch_page(rope_desc, k_latent, k_rope, bar, pages[page], page, pred, PAGE)
 
 
 @gluon.jit
@@ -269,10 +259,9 @@ def _values_partition(  # noqa: PLR0913
         for i in gl.static_range(_STAGES):
             if i > 0:
                 l_item, l_j, l_row, l_first, l_keys = _advance(items_ptr, end, l_item, l_j, l_row, l_first, l_keys)
-            y0, y1, y2, y3 = _page_rows(tables_ptr, table_stride, l_row, l_first, l_keys, l_j, PAGE)
+            pages = _page_rows(tables_ptr, table_stride, l_row, l_first, l_keys, l_j, PAGE)
             _fetch_keys(
-                kv_desc, rope_desc, k_latent.index(i), k_rope.index(i), k_full.index(i), y0, y1, y2, y3,
-                l_item < end, PAGE
+                kv_desc, rope_desc, k_latent.index(i), k_rope.index(i), k_full.index(i), pages, l_item < end, PAGE
             )  # fmt: skip
     step = 0
     sent = 0
@@ -295,14 +284,14 @@ def _values_partition(  # noqa: PLR0913
             token = warpgroup_mma(k_rope.index(stage), value, acc, is_async=True)
             if SIDE == 0:
                 l_item, l_j, l_row, l_first, l_keys = _advance(items_ptr, end, l_item, l_j, l_row, l_first, l_keys)
-                y0, y1, y2, y3 = _page_rows(tables_ptr, table_stride, l_row, l_first, l_keys, l_j, PAGE)
+                pages = _page_rows(tables_ptr, table_stride, l_row, l_first, l_keys, l_j, PAGE)
             acc = warpgroup_mma_wait(0, deps=[token])
             gl.thread_barrier()
             mbarrier.arrive(p_empty.index(buffer), count=1)
             if SIDE == 0:
                 mbarrier.wait(p_empty.index(buffer), (sent // 2) & 1)
                 _fetch_keys(
-                    kv_desc, rope_desc, k_latent.index(stage), k_rope.index(stage), k_full.index(stage), y0, y1, y2, y3,
+                    kv_desc, rope_desc, k_latent.index(stage), k_rope.index(stage), k_full.index(stage), pages,
                     l_item < end, PAGE
                 )  # fmt: skip
             step += 1

@@ -11,7 +11,7 @@ one of two ways, a constant of the plan:
                                     it: no group waits for another, whatever the lengths. At most one cut a group, so
                                     partial results are few; but where the cuts fall depends on the whole batch.
 
-Pieces of one row are joined by decode.py's second kernel, in ascending order.
+Pieces of one row are joined in ascending order (decode_merge.py).
 """
 
 # A jit function has no types that mypy knows; launchers are typed.
