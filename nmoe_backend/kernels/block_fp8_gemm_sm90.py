@@ -187,10 +187,11 @@ def _consume(out_desc, out_buf, scales, buffers, bars, sizes, ME: gl.constexpr, 
         ws_row = ws + gl.minimum(w_row // 128, ws_rows - 1) * ws_stride
         acc = gl.zeros([64, BLOCK_Q], gl.float32, mma)
         for k in range(num_k):
-            w_scales = (gl.load(ws_row + k * KU),)
+            w_scales: gl.tuple = (gl.load(ws_row + k * KU),)
             for j in gl.static_range(1, KU):  # past the last block products are 0
                 w_scales += (gl.load(ws_row + gl.minimum(k * KU + j, ws_cols - 1)),)
-            used, parts = (), ()
+            used: gl.tuple = ()
+            parts: gl.tuple = ()
             for j in gl.static_range(KU):
                 if j % G == 0:
                     if j > 0:

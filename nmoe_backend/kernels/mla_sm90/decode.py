@@ -124,7 +124,7 @@ def _page_rows(tables_ptr, table_stride, row, first, num_keys, j, PAGE: gl.const
     table = tables_ptr + row.to(gl.int64) * table_stride
     key = first + j * _BLOCK
     last_key = first + gl.maximum(num_keys - 1, 0)
-    pages = ()
+    pages: gl.tuple = ()
     for page in gl.static_range(_BLOCK // PAGE):
         pages += (_page_row(table, key + page * PAGE, last_key, PAGE),)
     return pages
