@@ -86,6 +86,7 @@ class Stream:
         self.closed = False  # the final response is on its way or left
         self.final_lock = threading.Lock()  # see Responder._forget
         self.error: RequestError | None = None
+        self.served_s = 0.0  # its last turn with a sender ended, or, before the first one, its prefill began
         self.min_interval_s = parsed.response.min_interval_s
         self._ready, self._pacer, self._clock = ready, pacer, clock
         self._lock = threading.Lock()
@@ -173,7 +174,7 @@ class Stream:
                 self._ready(self)
 
     def _started(self) -> None:
-        self.record.started_s = self._clock()
+        self.served_s = self.record.started_s = self._clock()
 
     def _schedule(self) -> None:
         with self._lock:
@@ -203,6 +204,7 @@ class Responder:
         self._poll_queue: deque[Stream] = deque()
         self._pacer = Pacer(clock)
         self._stopping = threading.Event()
+        self._num_senders = num_senders
         # Daemons: in a process whose server was killed a send never returns, and must not keep the process from ending.
         loops = [(self._send_loop, f"sender-{i}") for i in range(num_senders)]
         loops += [(self._poll_loop, "cancel-poll"), (self._pacer.run, "pacer")]
@@ -240,7 +242,7 @@ class Responder:
         for stream in list(self._live.values()):
             stream.close("error", RequestError("the server is shutting down. Send it again.", ErrorKind.UNAVAILABLE))
         self._stopping.set()
-        self._ready.end(len(self._threads))  # behind the streams that were closed above
+        self._ready.end(self._num_senders)  # behind the streams that were closed above
         self._pacer.stop()
         for thread in self._threads:
             if thread.ident is not None:
@@ -255,6 +257,7 @@ class Responder:
         chunk = stream.chunks.build(taken)
         if chunk is not None:
             self._send(stream, chunk, found_stop=chunk.finish_reason is not None and not _has_end(taken))
+        stream.served_s = self._clock()
         stream.release(rest_s=stream.min_interval_s if chunk is not None else 0.0)
 
     def poll(self) -> None:

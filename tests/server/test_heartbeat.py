@@ -113,8 +113,8 @@ def test_dead_senders_end_the_server(serve: Callable[[str], Serve]) -> None:
         "    def execute(self, requests):\n"
         "        if any(one.name() == 'ignore_eos' for one in requests[0].inputs()):  # ours, not the launcher's\n"
         "            for sender in range(4):\n"
-        "                record = SimpleNamespace(last_token_s=None, started_s=None, request_id=-1 - sender)\n"
-        "                self._responder._ready.put(SimpleNamespace(record=record))  # ends a sender's thread\n"
+        "                no_stream = SimpleNamespace(served_s=0.0, request_id=-1 - sender)\n"
+        "                self._responder._ready.put(no_stream)  # ends a sender's thread\n"
         "        return super().execute(requests)\n"
     )
     group = one.server()

@@ -262,6 +262,27 @@ def test_logprobs_are_cut_with_the_ids_and_summed(desk: Desk, text: Text) -> Non
     assert chunk.prompt_logprobs == [TokenLogprobs(9, -3.0)]
 
 
+def test_streams_take_turns_also_where_one_says_nothing_until_its_end(text: Text) -> None:
+    """Each has a token a step, and the sender is behind: one turn a step. The second is looked at for its stop string
+    and sends nothing; it must not come before the others every time."""
+    now = itertools.count(1)
+    desk = Desk(text, clock=lambda: float(next(now)))
+    silent = {"stream": False, "stop": ("XYZ",)}
+    streams = [desk.open(FakeChannel()), desk.open(FakeChannel(), **silent), desk.open(FakeChannel())]  # type: ignore[arg-type]
+    for stream in streams:
+        assert stream.request.on_start is not None
+        stream.request.on_start()
+    turns = []
+    for _ in range(6):
+        for stream in reversed(streams):
+            stream.put(3)
+        served = desk.responder._ready.get()
+        assert served is not None
+        turns.append(served.request_id)
+        desk.responder.serve(served)
+    assert turns == [1, 2, 3, 1, 2, 3]
+
+
 def test_an_embedding_and_a_request_for_no_token_end_with_one_response(desk: Desk) -> None:
     channel = FakeChannel()
     stream = desk.open(channel, outputs=("embedding",))
