@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import math
 import sys
 import textwrap
 import threading
@@ -20,8 +21,6 @@ from nmoe_backend.doctor_host import port_is_free
 from nmoe_backend.server_process import ChildProcess, progress_of
 from nmoe_backend.supervisor_config import SupervisorConfig
 
-HEARTBEAT_LIMIT_S = 3.5  # with two polls a second, a dead engine's server is gone well within 5 s
-_HEARTBEAT_POLL_S = 0.5
 _PORTS_S = 15.0  # for the ports of a child that was killed
 STOP_SLACK_S = 15.0  # beyond drain_s, for a child whose requests have ended
 _REPORTED_LINES = 25
@@ -50,27 +49,44 @@ class Console:
             print(line, flush=True)
 
 
-class Heartbeat:
-    """Watches the engine from outside: Triton 2.51 stays ready with a dead engine, and with a dead stub.
+class Watch:
+    """What a child that lives shows again and again. Watching begins with the first sign: a server that is told not to
+    offer what is looked for is not ended for it."""
 
-    Both stop the counter that the model's metrics thread pushes. Watching begins with the first value.
-    """
+    def __init__(
+        self, sees_sign: Callable[[], bool], *, every_s: float, limit_s: float, complaint: str,
+        clock: Clock = time.monotonic,
+    ) -> None:  # fmt: skip
+        """`sees_sign` is asked at once and then every `every_s`, in the supervisor's thread: it must be quick."""
+        self._sees_sign, self._every_s, self._limit_s = sees_sign, every_s, limit_s
+        self._complaint, self._clock = complaint, clock
+        self._asked_s = -math.inf
+        self._seen_s: float | None = None
 
-    def __init__(self, read: Callable[[], float | None], clock: Clock = time.monotonic) -> None:
-        self._read = read
-        self._clock = clock
-        self._value: float | None = None
-        self._asked_s = self._advanced_s = clock()
-
-    def beats(self) -> bool:
-        """False once the counter has stood still for HEARTBEAT_LIMIT_S. Asks the server twice a second at most."""
+    def complaint(self) -> str | None:
+        """What is wrong, once no sign has been seen for limit_s."""
         now = self._clock()
-        if now - self._asked_s >= _HEARTBEAT_POLL_S:
+        if now - self._asked_s >= self._every_s:
             self._asked_s = now
-            value = self._read()
-            if value is not None and value != self._value:
-                self._value, self._advanced_s = value, now
-        return self._value is None or now - self._advanced_s < HEARTBEAT_LIMIT_S
+            if self._sees_sign():
+                self._seen_s = now
+        return self._complaint if self._seen_s is not None and now - self._seen_s >= self._limit_s else None
+
+
+class Advance:
+    """Whether a counter stands elsewhere than at the last look; None is no value."""
+
+    def __init__(self, read: Callable[[], float | None]) -> None:
+        self._read = read
+        self._value: float | None = None
+
+    def __call__(self) -> bool:
+        """Look."""
+        value = self._read()
+        if value is None or value == self._value:
+            return False
+        self._value = value
+        return True
 
 
 class Backoff:
@@ -101,7 +117,7 @@ class Part:
     ports: Sequence[int]
     is_ready: Callable[[], bool]
     failure_of_first_request: Callable[[], str | None]  # None: it was answered
-    heart: Callable[[], Heartbeat | None]  # a new one for every start; None: its process's end is all there is to see
+    watches: Callable[[], Sequence[Watch]]  # new ones for every start; none: its process's end is all there is to see
     start_timeout_s: float
     drain_s: float  # from SIGTERM to the kill, where is_busy says so then
     is_busy: Callable[[], bool]
@@ -127,7 +143,7 @@ class SupervisedChild:
         self._state = _State.DOWN
         self._due_s = clock()
         self._begun_s = 0.0
-        self._heart: Heartbeat | None = None
+        self._watches: Sequence[Watch] = ()
         self._was_ready = False
 
     @property
@@ -191,7 +207,7 @@ class SupervisedChild:
             if failure is not None:
                 self._fail(f"answers health, but not a request: {failure}")
                 return
-            self._heart = self._part.heart()
+            self._watches = self._part.watches()
             self._state = _State.READY
             if self._was_ready:
                 self._console.say(f"{self.name} is ready again after {self._clock() - self._begun_s:.1f} s")
@@ -203,8 +219,11 @@ class SupervisedChild:
         assert self._process is not None, "a child that is ready has a process"
         if self._process.exit_code() is not None:
             self._fail("died")
-        elif self._heart is not None and not self._heart.beats():
-            self._fail(f"has an engine without a heartbeat for {HEARTBEAT_LIMIT_S:g} s")
+            return
+        for watch in self._watches:
+            if (complaint := watch.complaint()) is not None:
+                self._fail(complaint)
+                return
 
     def _fail(self, what: str) -> None:
         """End what is left of it, say why, and plan the next start. Raises GaveUp where there is to be none."""

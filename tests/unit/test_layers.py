@@ -36,7 +36,10 @@ LINES: dict[int, tuple[tuple[str, ...], set[int]]] = {
     10: (("runtime", "convert"), {0, 1, 6, 7, 8, 9, 10}),
     11: (("warmup",), set(range(12))),
     12: (
-        ("tritonserver", "server_process", "http_probe", "doctor", "supervisor", "launch", "top", "bench"),
+        (
+            *("tritonserver", "server_process", "http_probe", "grpc_probe", "doctor", "supervisor", "launch", "top"),
+            "bench",
+        ),
         {0, 1, 12},
     ),
     13: (("api",), {0, 1, 5, 12, 13}),

@@ -1,4 +1,4 @@
-"""The supervisor's parts that need no server: heartbeat, back-off, one child's states, the control socket."""
+"""The supervisor's parts that need no server: watches, back-off, one child's states, the control socket."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from nmoe_backend import environ
+from nmoe_backend import environ, grpc_probe
 from nmoe_backend.server_process import ChildProcess
-from nmoe_backend.supervisor_child import HEARTBEAT_LIMIT_S, Backoff, Console, GaveUp, Heartbeat, Part, SupervisedChild
+from nmoe_backend.supervisor_child import Advance, Backoff, Console, GaveUp, Part, SupervisedChild, Watch
 from nmoe_backend.supervisor_config import SupervisorConfig, read_supervisor
 from nmoe_backend.supervisor_control import ControlSocket, drain
 from nmoe_backend.toml_table import Table
@@ -37,21 +38,50 @@ class Clock:
         return self.now
 
 
-def test_the_heartbeat_is_missed_after_the_limit_and_not_before() -> None:
-    now, beats = [0.0], [None]
-    heart = Heartbeat(lambda: beats[0], lambda: now[0])
-    now[0] = 100.0
-    assert heart.beats()  # nothing was ever pushed: a repository without the metric is not watched
-    beats[0] = 1.0
-    now[0] = 101.0
-    assert heart.beats()
-    now[0] = 101.0 + HEARTBEAT_LIMIT_S - 0.1
-    assert heart.beats()
-    now[0] = 101.0 + HEARTBEAT_LIMIT_S
-    assert not heart.beats()
-    beats[0] = 2.0
-    now[0] += 1.0
-    assert heart.beats()
+def test_a_sign_is_missed_after_the_limit_and_not_before() -> None:
+    clock, counter = Clock(), [None]
+    watch = Watch(Advance(lambda: counter[0]), every_s=0.5, limit_s=3.5, complaint="has no heartbeat", clock=clock)
+    clock.now = 100.0
+    assert watch.complaint() is None  # nothing was ever pushed: a repository without the metric is not watched
+    counter[0] = 1.0
+    clock.now = 101.0
+    assert watch.complaint() is None
+    clock.now = 104.4
+    assert watch.complaint() is None
+    counter[0] = None  # no answer is no sign either
+    clock.now = 104.5
+    assert watch.complaint() == "has no heartbeat"
+    counter[0] = 1.0
+    clock.now = 105.0
+    assert watch.complaint() == "has no heartbeat"
+    counter[0] = 0.0  # it was reset: something is alive
+    clock.now = 105.5
+    assert watch.complaint() is None
+
+
+def test_a_sign_is_looked_for_at_its_interval_and_before_judging_after_a_pause() -> None:
+    """The supervisor may have been held up, by the end of another child or by a stop of its own."""
+    clock, looks = Clock(), []
+
+    def look() -> bool:
+        looks.append(clock.now)
+        return True
+
+    watch = Watch(look, every_s=5.0, limit_s=20.0, complaint="is silent", clock=clock)
+    for now in (0.0, 0.1, 4.9, 5.0, 5.1, 9.9, 10.0, 100.0):
+        clock.now = now
+        assert watch.complaint() is None
+    assert looks == [0.0, 5.0, 10.0, 100.0]
+
+
+def test_a_grpc_port_that_is_closed_or_silent_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_probe, "_TIMEOUT_S", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert not grpc_probe.answers(address)  # nobody listens
+        silent.listen()  # the kernel accepts connections, and that is all
+        assert not grpc_probe.answers(address)
 
 
 def test_delays_double_up_to_a_bound_and_the_limit_ends_it() -> None:
@@ -78,6 +108,7 @@ class Harness:
     def __init__(self, clock: Clock, settings: SupervisorConfig, ports: tuple[int, ...] = (), code: str = "") -> None:
         self.ready = True
         self.first_request: str | None = None
+        self.answers = True
         self.is_busy = False
         self.processes: list[ChildProcess] = []
         code = code or "import time; print('hello', flush=True); time.sleep(600)"
@@ -87,9 +118,14 @@ class Harness:
             self.processes.append(ChildProcess(argv, environ.child_environment({}, {}), lambda _line: None))
             return self.processes[-1]
 
+        def watches() -> Sequence[Watch]:
+            silent = Watch(lambda: False, every_s=1.0, limit_s=1.0, complaint="shows nothing, ever", clock=clock)
+            port = Watch(lambda: self.answers, every_s=5.0, limit_s=20.0, complaint="does not answer", clock=clock)
+            return silent, port
+
         part = Part(
             name="the child", start=start, ports=ports, is_ready=lambda: self.ready,
-            failure_of_first_request=lambda: self.first_request, heart=lambda: None, start_timeout_s=10.0,
+            failure_of_first_request=lambda: self.first_request, watches=watches, start_timeout_s=10.0,
             drain_s=0.2, is_busy=lambda: self.is_busy,
         )  # fmt: skip
         self.child = SupervisedChild(part, "127.0.0.1", settings, Console(), Path("x.toml"), clock=clock)
@@ -123,6 +159,31 @@ def test_a_child_that_dies_is_started_again_after_its_delay() -> None:
         one.child.tick()
         assert one.child.is_ready and one.child.stop()
         assert one.processes[1].exit_code() is not None
+
+
+def test_a_child_that_stops_answering_is_ended_and_watched_anew_when_it_is_back(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    clock = Clock()
+    with Harness(clock, SupervisorConfig()) as one:
+        one.child.tick()
+        one.child.tick()
+        for clock.now in (5.0, 24.9):
+            one.child.tick()
+        one.answers = False
+        for clock.now in (29.9, 44.8):
+            one.child.tick()
+            assert one.child.is_ready
+        clock.now = 44.9  # 20 s after the last answer
+        one.child.tick()
+        assert not one.child.is_ready and one.processes[0].exit_code() == -9
+        clock.now = 45.9
+        one.child.tick()
+        one.child.tick()
+        clock.now = 300.0
+        one.child.tick()  # it has not answered yet, and so cannot have stopped
+        assert one.child.is_ready and len(one.processes) == 2
+    assert "restarting the child in 1 s: it does not answer" in capfd.readouterr().out
 
 
 def test_what_still_has_requests_after_the_drain_is_cut_off_at_once(capfd: pytest.CaptureFixture[str]) -> None:
