@@ -26,6 +26,7 @@ from nmoe_backend.config import ServeConfig
 from nmoe_backend.http_probe import url_host
 
 _TIMEOUT_S = 2.0
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
 _DEFAULT_URL = "http://127.0.0.1:8002/metrics"
 _QUANTILES = (0.5, 0.9, 0.99)
 _LATENCIES = (
@@ -84,7 +85,7 @@ def quantile(buckets: Mapping[float, float], share: float) -> float | None:
 def read(url: str) -> Scrape | str:
     """What the endpoint says, or why it says nothing."""
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
+        with _OPENER.open(url, timeout=_TIMEOUT_S) as answer:
             return Scrape.parse(answer.read().decode(), time.monotonic())
     except (OSError, ValueError, http.client.HTTPException) as error:
         return f"no metrics: {error}"

@@ -32,6 +32,7 @@ _OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),  # prompt logprobs are megabytes
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),  # the TOML says where the engine is, and no variable of the environment
     # Below 300 s a server counts pings without data as an attack and ends the connection with all its streams.
     ("grpc.keepalive_time_ms", 330_000),
     # The default backs off to 120 s: a server that is back would be refused for that long.

@@ -137,3 +137,9 @@ def test_an_error_within_a_response_has_its_status_and_is_no_cancellation() -> N
     error, ended = asyncio.run(run())
     assert (error.status, error.message) == (429, "160 requests wait already")
     assert ended == ["whole"]
+
+
+def test_a_proxy_that_the_environment_names_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert asyncio.run(run(1)) == [0, 0]

@@ -87,6 +87,13 @@ def shown(what: RenderableType) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
+def test_a_proxy_that_the_environment_names_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    with endpoint(Server()) as address:
+        assert isinstance(top.read(f"http://{address}/metrics"), Scrape)
+
+
 def test_the_quantile_of_the_docstring() -> None:
     buckets = {1.0: 2.0, 2.0: 4.0, math.inf: 4.0}
     assert (quantile(buckets, 0.5), quantile(buckets, 0.75)) == (1.0, 1.5)
