@@ -19,7 +19,7 @@ from nmoe_backend.config import ServeConfig
 from nmoe_backend.text import Text
 from tests.api.fake_engine import FakeEngine
 from tests.model_folder import write_model_folder, write_toml
-from tests.unit.test_text import make_folder
+from tests.texts import make_folder
 
 MODEL = "deepseek"
 V31 = 'chat_template = "deepseek_v31.jinja"'  # tools and reasoning

@@ -1,138 +1,19 @@
-"""contract*.py: what the config files declare, what is read, what is refused and with which words."""
+"""contract.py and contract_inputs.py: what is read of a call, what is refused and with which words."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import pytest
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 from nmoe_backend.contract import Call, Contract, ParsedRequest, StopCommand
-from nmoe_backend.contract_inputs import INPUTS, NUMPY_TYPES, VLLM_INPUTS
-from nmoe_backend.contract_outputs import OUTPUTS, Chunk, ResponseEncoder
-from nmoe_backend.generation import GenerationDefaults
+from nmoe_backend.contract_outputs import OUTPUTS
 from nmoe_backend.text import Text
-from nmoe_backend.types import ErrorKind, RequestError, SamplingParams, TokenLogprobs
-from tests.unit.test_text import BOS, make_folder
-
-REPOSITORY = Path(__file__).parents[2] / "model_repository"
-VOCAB_SIZE = 400
-MAX_SEQ_LEN = 64
-GENERATION = GenerationDefaults(
-    temperature=0.6, top_p=0.95, top_k=20, repetition_penalty=1.1, max_tokens=None, eos_token_ids=(1,)
-)
-ALL_OUTPUTS = frozenset(OUTPUTS)
-# an ensemble has one name space for inputs and outputs, and always asks its steps for all outputs; that it is one is
-# what its first step says
-LEFT_OUT = {"deepseek_v3": (), "ensemble": ("prompt_logprobs", "embedding", "uncancellable", *VLLM_INPUTS)}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
-    return Text(make_folder(tmp_path_factory.mktemp("model")))
-
-
-def make_contract(text: Text, max_orphan_s: float = 0.0, **options: bool) -> Contract:
-    return Contract(
-        text,
-        GENERATION,
-        vocab_size=VOCAB_SIZE,
-        max_seq_len=MAX_SEQ_LEN,
-        exclude_input_in_output=options.get("exclude_input_in_output", True),
-        allow_stop_by_id=options.get("allow_stop_by_id", False),
-        max_orphan_s=max_orphan_s,
-    )
-
-
-def tensor(name: str, value: object) -> np.ndarray:
-    """[1, ...] in the declared type; a list is an array of dims [-1], anything else a scalar."""
-    dtype = NUMPY_TYPES[INPUTS[name].dtype]
-    items = value if isinstance(value, list) else [value]
-    if dtype is np.object_:
-        items = [item.encode() if isinstance(item, str) else item for item in items]
-    array = np.empty((1, len(items)), dtype)
-    array[0, :] = items
-    return array
-
-
-def call(
-    parameters: str = "", client_id: str = "", timeout_us: int = 0, outputs: object = None, **values: object
-) -> Call:
-    tensors = {name: value if isinstance(value, np.ndarray) else tensor(name, value) for name, value in values.items()}
-    return Call(
-        request_id=7,
-        tensors=tensors,
-        parameters=parameters,
-        client_id=client_id,
-        requested_outputs=ALL_OUTPUTS if outputs is None else frozenset(outputs),  # type: ignore[call-overload]
-        timeout_us=timeout_us,
-        arrival_s=100.0,
-    )
-
-
-def parse(text: Text, **values: object) -> ParsedRequest:
-    parsed = make_contract(text).parse(call(**values))  # type: ignore[arg-type]
-    assert isinstance(parsed, ParsedRequest)
-    return parsed
-
-
-# --- declarations
-
-
-def read_pbtxt(model: str) -> model_config_pb2.ModelConfig:
-    source = (REPOSITORY / model / "config.pbtxt").read_text()
-    return text_format.Parse(source, model_config_pb2.ModelConfig())
-
-
-def declared(tensors: object) -> list[tuple[str, str, tuple[int, ...]]]:
-    names = model_config_pb2.DataType.Name
-    return [
-        (one.name, names(one.data_type).removeprefix("TYPE_").replace("STRING", "BYTES"), tuple(one.dims))
-        for one in tensors  # type: ignore[attr-defined]
-    ]
-
-
-@pytest.mark.parametrize("model", ["deepseek_v3", "ensemble"])
-def test_config_declares_exactly_the_inputs_of_the_table(model: str) -> None:
-    config = read_pbtxt(model)
-    expected = [(spec.name, spec.dtype, spec.dims) for spec in (*INPUTS.values(), *VLLM_INPUTS.values())]
-    assert declared(config.input) == [row for row in expected if row[0] not in LEFT_OUT[model]]
-    assert all(one.optional for one in config.input)
-    assert all(one.allow_ragged_batch == (-1 in one.dims) for one in config.input)
-
-
-def test_config_declares_exactly_the_outputs_of_the_table() -> None:
-    expected = [(name, dtype, dims) for name, (dtype, dims) in OUTPUTS.items()]
-    assert declared(read_pbtxt("deepseek_v3").output) == expected
-    assert declared(read_pbtxt("ensemble").output) == [row for row in expected if row[0] not in LEFT_OUT["ensemble"]]
-
-
-def test_ensemble_passes_every_tensor_on() -> None:
-    config = read_pbtxt("ensemble")
-    first, second = config.ensemble_scheduling.step
-    assert all(name == tensor_name for name, tensor_name in first.input_map.items())
-    assert set(first.input_map) == {one.name for one in read_pbtxt("preprocessing").input}
-    assert dict(second.input_map) == {
-        one.name: one.name for one in config.input if one.name not in ("text_input", "input_ids")
-    } | {name: first.output_map[name] for name in ("input_ids", "uncancellable")}
-    assert dict(second.output_map) == {one.name: one.name for one in config.output}
-
-
-def test_engine_model_is_one_decoupled_process_with_a_short_queue_delay() -> None:
-    config = read_pbtxt("deepseek_v3")
-    assert config.model_transaction_policy.decoupled
-    assert [(group.kind, group.count) for group in config.instance_group] == [
-        (model_config_pb2.ModelInstanceGroup.KIND_MODEL, 1)
-    ]
-    assert config.dynamic_batching.max_queue_delay_microseconds <= 1000
-
-
-# --- what is read
+from nmoe_backend.types import ErrorKind, RequestError, SamplingParams
+from tests.contracts import ALL_OUTPUTS, GENERATION, MAX_SEQ_LEN, VOCAB_SIZE, call, make_contract, parse, tensor
+from tests.texts import BOS
 
 
 def test_a_plain_prompt_gets_the_models_defaults(text: Text) -> None:
@@ -300,9 +181,6 @@ def test_stop_needs_the_toml_and_an_id(text: Text) -> None:
     assert isinstance(allowed.parse(call(stop=False, text_input="a")), ParsedRequest)
 
 
-# --- what is refused
-
-
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -416,81 +294,3 @@ def test_a_default_max_tokens_is_cut_to_what_remains_and_a_given_one_is_not(text
             parsed = contract.parse(call(input_ids=[5] * num_prompt, **given))
             assert isinstance(parsed, ParsedRequest)
             assert parsed.request.sampling.max_tokens == expected
-
-
-# --- what goes out
-
-
-def encoder(text: Text) -> ResponseEncoder[tuple[str, np.ndarray]]:
-    return ResponseEncoder(lambda name, array: (name, array), text)
-
-
-def test_every_output_has_its_declared_type_and_rank_whatever_there_is_to_say(text: Text) -> None:
-    logprobs = [TokenLogprobs(3, -0.5, ((4, -1.0), (5, float("-inf"))))]
-    chunks = [
-        Chunk(text="", token_ids=(), num_input_tokens=0),
-        Chunk(
-            text="é",
-            token_ids=[3],
-            num_input_tokens=5000,
-            logprobs=logprobs,
-            cum_logprob=-0.5,
-            prompt_logprobs=logprobs,
-            embedding=[1.0, 2.0],
-            finish_reason="stop",
-        ),
-    ]
-    for chunk in chunks:
-        tensors = encoder(text).encode(chunk, tuple(OUTPUTS))
-        assert [name for name, _ in tensors] == list(OUTPUTS)
-        for name, array in tensors:
-            dtype, dims = OUTPUTS[name]
-            assert array.dtype == NUMPY_TYPES[dtype]
-            assert array.ndim == len(dims) + 1
-            assert all(want in (-1, have) for want, have in zip((1, *dims), array.shape, strict=True))
-
-
-def test_the_values_of_a_last_response(text: Text) -> None:
-    logprobs = [TokenLogprobs(3, -0.5, ((4, -1.0), (5, float("-inf")))), TokenLogprobs(4, float("nan"))]
-    chunk = Chunk(
-        text="é", token_ids=[3, 4], num_input_tokens=5, logprobs=logprobs, cum_logprob=-0.75,
-        prompt_logprobs=[TokenLogprobs(6, -2.0)], finish_reason="length",
-    )  # fmt: skip
-    values = dict(encoder(text).encode(chunk, tuple(OUTPUTS)))
-    assert values["text_output"][0, 0] == "é".encode()
-    assert values["output_ids"].tolist() == [[3, 4]]
-    assert values["finish_reason"][0, 0] == b"length"
-    assert [values[name][0, 0] for name in ("num_input_tokens", "num_output_tokens", "num_cached_tokens")] == [5, 2, 0]
-    assert values["cum_log_probs"][0, 0] == -0.75
-    assert values["output_log_probs"].tolist() == [[[-0.5, -9999.0]]]
-    entries = json.loads(values["logprobs"][0, 0])
-    assert [entry["token_id"] for entry in entries] == [3, 4]
-    assert bytes(entries[0]["bytes"]) == text.raw_token_bytes(3)
-    assert [(top["token_id"], top["logprob"]) for top in entries[0]["top_logprobs"]] == [(4, -1.0), (5, -9999.0)]
-    prompt = json.loads(values["prompt_logprobs"][0, 0])
-    assert prompt[0] is None
-    assert prompt[1]["logprob"] == -2.0
-
-
-def test_constant_tensors_are_made_once(text: Text) -> None:
-    made: list[str] = []
-
-    def make(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-        made.append(name)
-        return name, array
-
-    responses = ResponseEncoder(make, text)
-    for _ in range(3):
-        responses.encode(Chunk(text="a", token_ids=[1], num_input_tokens=9), tuple(OUTPUTS))
-    assert [name for name in made if made.count(name) > 1] == ["text_output", "output_ids"] * 2 + [
-        "text_output",
-        "output_ids",
-    ]
-
-
-def test_no_float_tensor_is_ever_empty(text: Text) -> None:
-    """perf_analyzer reads what lies behind an empty one."""
-    chunk = Chunk(text="", token_ids=(), num_input_tokens=3)
-    for name, array in encoder(text).encode(chunk, list(OUTPUTS)):
-        if array.dtype == np.float32:
-            assert array.tolist() in ([[0.0]], [[[0.0]]]), name

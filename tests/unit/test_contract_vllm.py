@@ -15,9 +15,7 @@ from nmoe_backend.contract_outputs import OUTPUTS, Chunk
 from nmoe_backend.contract_vllm import guide_tensors
 from nmoe_backend.text import Text
 from nmoe_backend.types import RequestError, SamplingParams, TokenLogprobs
-from tests.unit.test_contract import MAX_SEQ_LEN, declared, encoder, make_contract, read_pbtxt, text
-
-__all__ = ["text"]  # the fixture
+from tests.contracts import MAX_SEQ_LEN, declared, encoder, make_contract, read_pbtxt
 
 # model.py of triton-inference-server/vllm_backend, auto_complete_config
 BACKEND_INPUTS = [

@@ -12,9 +12,7 @@ from nmoe_backend.contract_outputs import Chunk
 from nmoe_backend.responder import Stream
 from nmoe_backend.text import Text
 from nmoe_backend.types import ErrorKind
-from tests.unit.test_responder import WAIT_S, Desk, FakeChannel, put_text, running, text
-
-__all__ = ["running", "text"]  # fixtures
+from tests.responding import WAIT_S, Desk, FakeChannel, put_text
 
 
 class PacedDesk(Desk):

@@ -18,8 +18,8 @@ from nmoe_backend.responder import ChannelError, Responder
 from nmoe_backend.text import Text
 from nmoe_backend.types import EngineLimits, ErrorKind, Request
 from tests.fakes import FakeRank, VirtualClock, expected_tokens, make_limits, make_request
-from tests.unit.test_responder import FakeChannel, FakeObserver
-from tests.unit.test_text import make_folder
+from tests.responding import FakeChannel, FakeObserver
+from tests.texts import make_folder
 
 NUM_REQUESTS = 300
 STEP_S = 0.01
