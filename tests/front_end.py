@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import urllib.request
@@ -11,48 +10,31 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nmoe_backend.server_process import ChildProcess
+from tests.running import Running
 from tests.triton_server import free_ports
 
 START_S = 60.0
 
 
-class FrontEnd:
+class FrontEnd(Running[ChildProcess]):
     """One front end; a context manager. `lines` is everything that it printed."""
+
+    stop_s = 30.0
 
     def __init__(self, config_path: Path, triton: str, environment: Mapping[str, str] | None = None) -> None:
         """`triton`: HOST:PORT of gRPC."""
+        super().__init__()
         (port,) = free_ports(1)
         self.address = f"127.0.0.1:{port}"
         self.url = f"http://{self.address}"
-        self.lines: list[str] = []
         options = ["--config", str(config_path), "--host", "127.0.0.1", "--openai-port", str(port), "--triton", triton]
         self._argv = [sys.executable, "-m", "nmoe_backend", "api", *options]
         self._environment = dict(environment or {})
-        self._process: ChildProcess | None = None
 
-    def __enter__(self) -> FrontEnd:
+    def _start(self) -> ChildProcess:
         root = Path(__file__).resolve().parents[1]
         env = {**os.environ, "PYTHONPATH": str(root), **self._environment}
-        self._process = ChildProcess(self._argv, env, self.lines.append)
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self._process.kill()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.stop(30.0)
-
-    @property
-    def process(self) -> ChildProcess:
-        """The running front end."""
-        assert self._process is not None, "enter the front end first"
-        return self._process
-
-    def terminate(self) -> None:
-        """SIGTERM, and do not wait."""
-        os.kill(self.process.pid, signal.SIGTERM)
+        return ChildProcess(self._argv, env, self.lines.append)
 
     def _wait_until_ready(self) -> None:
         limit = time.monotonic() + START_S

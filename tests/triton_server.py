@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import time
 import urllib.error
@@ -17,6 +15,7 @@ from pathlib import Path
 from nmoe_backend.config import ServeConfig
 from nmoe_backend.server_process import ServerProcess
 from nmoe_backend.tritonserver import server_command
+from tests.running import Running
 
 REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
 START_S = 180.0
@@ -31,8 +30,10 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-class TritonServer:
+class TritonServer(Running[ServerProcess]):
     """One server over one TOML; a context manager. `lines` is everything that it printed."""
+
+    stop_s = 60.0
 
     def __init__(
         self,
@@ -41,37 +42,17 @@ class TritonServer:
         flags: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
+        super().__init__()
         names = ("http_port", "grpc_port", "metrics_port")
         ports = dict(zip(names, free_ports(3), strict=True))
         self.config = ServeConfig.from_toml(config_path, ports)
         self.http, self.grpc, self.metrics = (f"127.0.0.1:{ports[name]}" for name in names)
-        self.lines: list[str] = []
         self.shm_prefix = f"nmoe_test_{uuid.uuid4().hex[:12]}_"
         self._repository, self._flags, self._environment = repository, tuple(flags), dict(environment or {})
-        self._process: ServerProcess | None = None
 
-    def __enter__(self) -> TritonServer:
+    def _start(self) -> ServerProcess:
         argv, env = server_command(self.config, self._repository, self._flags, self.shm_prefix)
-        self._process = ServerProcess(argv, env | self._environment, self.shm_prefix, self.lines.append)
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self._process.kill()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.stop(60.0)
-
-    @property
-    def process(self) -> ServerProcess:
-        """The running server."""
-        assert self._process is not None, "enter the server first"
-        return self._process
-
-    def terminate(self) -> None:
-        """SIGTERM, and do not wait."""
-        os.kill(self.process.pid, signal.SIGTERM)
+        return ServerProcess(argv, env | self._environment, self.shm_prefix, self.lines.append)
 
     def wait_for_exit(self, limit_s: float) -> int:
         """The exit code."""

@@ -7,10 +7,9 @@ over the tiny checkpoint, and two front ends before it with different settings.
 from __future__ import annotations
 
 import json
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +24,6 @@ if TYPE_CHECKING:  # the plugin is loaded for torch-free test runs too
     from tests.api.reference import Reference
 
 MODEL = "tiny"
-
-
-def wait_until(holds: Callable[[], bool], limit_s: float, what: str) -> None:
-    """Polls; an AssertionError that says `what` did not come about."""
-    limit = time.monotonic() + limit_s
-    while not holds():
-        assert time.monotonic() < limit, f"{what}: not within {limit_s} s"
-        time.sleep(0.02)
 
 
 def get_json(api: FrontEnd, path: str) -> Any:

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nmoe_backend.server_process import ChildProcess
-from tests.api.live import wait_until
 from tests.deploy.manifests import ROOT
 from tests.front_end import FrontEnd
 from tests.triton_server import TritonServer, free_ports, write_config
+from tests.waiting import wait_until
 
 CONFIG = ROOT / "configs" / "deploy" / "haproxy.cfg"
 SERVERS = ("l1", "l2", "t1", "t2")
@@ -74,7 +74,7 @@ class Gateway:
 
     def __enter__(self) -> Gateway:
         self._process = ChildProcess([program(), "-db", "-f", str(self._file)], {"PATH": "/bin"}, self.lines.append)
-        wait_until(lambda: self._socket.exists() or self._ended(), 10.0, "HAProxy has started")
+        wait_until(lambda: self._socket.exists() or self._ended(), "HAProxy has started", 10.0)
         assert not self._ended(), "\n".join(self.lines)
         return self
 

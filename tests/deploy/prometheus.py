@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from nmoe_backend.server_process import ChildProcess
-from tests.api.live import wait_until
 from tests.deploy.manifests import ROOT
 from tests.triton_server import free_ports
+from tests.waiting import wait_until
 
 RULES = ROOT / "configs" / "deploy" / "prometheus" / "alerts.yml"
 DASHBOARD = ROOT / "configs" / "deploy" / "grafana" / "nmoe.json"
@@ -81,7 +81,7 @@ class Prometheus:
 
     def __enter__(self) -> Prometheus:
         self._process = ChildProcess(self._argv, {"PATH": "/usr/bin:/bin"}, self.lines.append)
-        wait_until(self._is_ready, 30.0, "Prometheus is ready")
+        wait_until(self._is_ready, "Prometheus is ready", 30.0)
         return self
 
     def __exit__(self, *_: object) -> None:

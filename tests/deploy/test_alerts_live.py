@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 
 from nmoe_backend.server_process import group_members
-from tests.api.live import wait_until
 from tests.deploy.load import Load
 from tests.deploy.manifests import ROOT, TOOLS
 from tests.deploy.prometheus import RULES, Prometheus, alerts, panels, shortened
 from tests.front_end import FrontEnd
 from tests.triton_server import TritonServer, write_config
+from tests.waiting import wait_until
 
 QUIET = {"NmoeNoReplica"}  # `absent`: its query has data only while it fires
 LIMIT_S = 90.0
@@ -70,7 +70,7 @@ def test_every_query_has_data_and_every_alert_fires_and_clears(tmp_path: Path, a
         with Prometheus(tmp_path, targets) as prometheus:
             fires = Watch(prometheus)
             with Load(front.url, per_s=4.0, max_tokens=24) as load:
-                wait_until(lambda: load.ends["ok"] > 60, LIMIT_S, "60 answers")
+                wait_until(lambda: load.ends["ok"] > 60, "60 answers", LIMIT_S)
                 assert prometheus.firing() == set() and set(load.ends) == {"ok"}
                 assert_every_query_has_data(prometheus)
             # long answers: a page stays free for each sequence, and few of them hold many pages each
@@ -107,7 +107,7 @@ class Watch:
 
     def wait_for_none(self) -> None:
         """Until nothing fires."""
-        wait_until(lambda: not self._prometheus.firing(), LIMIT_S, "no alert fires")
+        wait_until(lambda: not self._prometheus.firing(), "no alert fires", LIMIT_S)
 
 
 def assert_every_query_has_data(prometheus: Prometheus) -> None:

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.api.live import wait_until
 from tests.deploy import gateway
 from tests.deploy.gateway import CONFIG, SERVERS, Gateway, Replica
 from tests.deploy.load import Load
 from tests.deploy.manifests import KUBERNETES
+from tests.waiting import wait_until
 
 SHORTER_THAN = 10_000  # bytes: the latency pool's
 
@@ -55,14 +55,14 @@ class Site:
     def wait_until_up(self, *names: str) -> None:
         """Until the gateway uses these."""
         pools = {name: "latency" if name.startswith("l") else "throughput" for name in names}
-        wait_until(lambda: all(self.front.is_up(pools[name], name) for name in names), 20.0, f"{names} are up")
+        wait_until(lambda: all(self.front.is_up(pools[name], name) for name in names), f"{names} are up", 20.0)
 
     def complete(
         self, headers: dict[str, str] | None = None, prompt: str = "Hello", padding: int = 0, **fields: str
     ) -> Any:
         """The headers of a whole answer. The gateway is idle before: a client has its last byte before HAProxy has
         counted the request off, and the bound on a replica's share would send the next one elsewhere."""
-        wait_until(self.front.is_idle, 20.0, "no request is left")
+        wait_until(self.front.is_idle, "no request is left", 20.0)
         body = json.dumps({"prompt": prompt, "model": "tiny", "max_tokens": 2, **fields}).encode() + b" " * padding
         request = urllib.request.Request(
             f"{self.front.url}/v1/completions", body, {"Content-Type": "application/json", **(headers or {})}
@@ -161,15 +161,15 @@ def test_triton_clients_stream_through_it(site: Site) -> None:
 @pytest.mark.slow
 def test_a_killed_replica_costs_its_own_live_answers_only_and_comes_back(site: Site) -> None:
     with Load(site.front.url, per_s=6.0, max_tokens=40) as load:
-        wait_until(lambda: load.served_since(0.0).keys() == {"l1", "l2"}, 60.0, "both replicas answered")
+        wait_until(lambda: load.served_since(0.0).keys() == {"l1", "l2"}, "both replicas answered", 60.0)
         killed_s = time.monotonic()
         site.replicas["l1"].kill()
-        wait_until(lambda: load.served_since(killed_s)["l2"] > 20, 60.0, "20 answers of the one that is left")
+        wait_until(lambda: load.served_since(killed_s)["l2"] > 20, "20 answers of the one that is left", 60.0)
         assert not site.front.is_up("latency", "l1")
         site.replicas["l1"].start()
         site.wait_until_up("l1")
         back_s = time.monotonic()
-        wait_until(lambda: load.served_since(back_s)["l1"] > 5, 60.0, "it takes traffic again")
+        wait_until(lambda: load.served_since(back_s)["l1"] > 5, "it takes traffic again", 60.0)
     failed = [one for one in load.outcomes if one.end != "ok"]
     assert all(one.served_by == "l1" and one.begun_s < killed_s for one in failed), failed
 
@@ -179,16 +179,16 @@ def test_a_replica_that_answers_but_is_not_ready_is_left_out(site: Site) -> None
     """Its Triton is gone, its front end is not: the check fails, and a request that it refuses is another one's."""
     replica = site.replicas["l1"]
     with Load(site.front.url, per_s=6.0, max_tokens=40) as load:
-        wait_until(lambda: load.served_since(0.0).keys() == {"l1", "l2"}, 60.0, "both replicas answered")
+        wait_until(lambda: load.served_since(0.0).keys() == {"l1", "l2"}, "both replicas answered", 60.0)
         killed_s = time.monotonic()
         replica.triton.process.kill()
-        wait_until(lambda: not site.front.is_up("latency", "l1"), 20.0, "it is left out")
-        wait_until(lambda: load.served_since(killed_s)["l2"] > 20, 60.0, "20 answers of the one that is left")
+        wait_until(lambda: not site.front.is_up("latency", "l1"), "it is left out", 20.0)
+        wait_until(lambda: load.served_since(killed_s)["l2"] > 20, "20 answers of the one that is left", 60.0)
         assert replica.front.process.exit_code() is None
         replica.triton.__enter__()
         site.wait_until_up("l1")
         back_s = time.monotonic()
-        wait_until(lambda: load.served_since(back_s)["l1"] > 5, 60.0, "it takes traffic again")
+        wait_until(lambda: load.served_since(back_s)["l1"] > 5, "it takes traffic again", 60.0)
     failed = [one for one in load.outcomes if one.end != "ok"]
     assert all(one.served_by == "l1" and one.begun_s < killed_s for one in failed), failed
 
@@ -196,10 +196,10 @@ def test_a_replica_that_answers_but_is_not_ready_is_left_out(site: Site) -> None
 @pytest.mark.slow
 def test_a_drained_replica_costs_nobody_anything(site: Site) -> None:
     with Load(site.front.url, per_s=6.0, max_tokens=40) as load:
-        wait_until(lambda: load.served_since(0.0).keys() == {"l1", "l2"}, 60.0, "both replicas answered")
+        wait_until(lambda: load.served_since(0.0).keys() == {"l1", "l2"}, "both replicas answered", 60.0)
         site.replicas["l2"].drain()
         gone_s = time.monotonic()
-        wait_until(lambda: load.served_since(gone_s)["l1"] > 20, 60.0, "20 answers of the one that is left")
+        wait_until(lambda: load.served_since(gone_s)["l1"] > 20, "20 answers of the one that is left", 60.0)
         site.replicas["l2"].start()
         site.wait_until_up("l2")
     assert set(load.ends) == {"ok"}, load.ends

@@ -28,6 +28,7 @@ from perf.known_tokens import alphabet, known_tokens, write_known_repository
 from perf.scripted import ROOT
 from tests.server.client import Stream
 from tests.triton_server import REPOSITORY, free_ports, write_config
+from tests.waiting import wait_until
 
 LIMIT_S = 60.0
 PORTS = ("http_port", "grpc_port", "metrics_port", "openai_port")
@@ -254,14 +255,6 @@ class Serve:
             connection.close()
         found = re.search(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else -1.0
-
-
-def wait_until(holds: Callable[[], bool], what: str, limit_s: float = 30.0) -> None:
-    """Polls the world outside."""
-    limit = time.monotonic() + limit_s
-    while not holds():
-        assert time.monotonic() < limit, f"not within {limit_s:g} s: {what}"
-        time.sleep(0.05)
 
 
 def _outcome(expected: Sequence[object], got: Sequence[object], error: str) -> Outcome:

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from perf.scripted import ROOT
-from tests.faults.serve import Serve, wait_until
+from tests.faults.serve import Serve
+from tests.waiting import wait_until
 
 
 @contextmanager

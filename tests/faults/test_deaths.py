@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from tests.faults.faulty_engine import CUDA_ERROR
-from tests.faults.serve import Outcome, Serve, wait_until
+from tests.faults.serve import Outcome, Serve
+from tests.waiting import wait_until
 
 WITHIN_S = 5.0  # every live request ends, whatever died
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from perf.scripted import ROOT
-from tests.faults.serve import LIMIT_S, Serve, wait_until
+from tests.faults.serve import LIMIT_S, Serve
+from tests.waiting import wait_until
 
 AT_ONCE_S = 2.0  # `nmoe drain` is a Python that starts
 

@@ -19,9 +19,10 @@ import pytest
 from openai import APIError, APITimeoutError, InternalServerError, OpenAI, RateLimitError
 
 from perf.scripted import benchmark_table, write_repository
-from tests.api.live import MODEL, async_client, wait_until, write_api_config
+from tests.api.live import MODEL, async_client, write_api_config
 from tests.front_end import FrontEnd
 from tests.triton_server import TritonServer
+from tests.waiting import wait_until
 
 LONG: dict[str, Any] = {"model": MODEL, "prompt": "hello", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
 CHAT: dict[str, Any] = {
@@ -76,7 +77,7 @@ def wait_for(server: TritonServer, running: int, waiting: int) -> None:
     def holds() -> bool:
         return (server.metric("nmoe_requests_running"), server.metric("nmoe_requests_waiting")) == (running, waiting)
 
-    wait_until(holds, WITHIN_S, f"{running} running and {waiting} waiting")
+    wait_until(holds, f"{running} running and {waiting} waiting", WITHIN_S)
 
 
 @contextmanager
@@ -224,7 +225,7 @@ def test_sigterm_lets_running_answers_finish(slow: tuple[TritonServer, Path], tr
     with FrontEnd(slow[1], triton.grpc) as server, ThreadPoolExecutor(1) as pool:
         texts: list[str] = []
         future = pool.submit(_chunks, server.url, texts, 100)
-        wait_until(lambda: len(texts) > 3, WITHIN_S, "a stream has begun")
+        wait_until(lambda: len(texts) > 3, "a stream has begun", WITHIN_S)
         server.terminate()
 
         def refuses() -> bool:
@@ -233,10 +234,10 @@ def test_sigterm_lets_running_answers_finish(slow: tuple[TritonServer, Path], tr
             except httpx.TransportError:
                 return True
 
-        wait_until(refuses, WITHIN_S, "no new connections")
+        wait_until(refuses, "no new connections", WITHIN_S)
         assert not future.done()
         assert future.result(30) == ("length", "data: [DONE]")
-        wait_until(lambda: server.process.exit_code() is not None, WITHIN_S, "the front end has ended")
+        wait_until(lambda: server.process.exit_code() is not None, "the front end has ended", WITHIN_S)
         assert server.process.exit_code() == 0
         assert not [line for line in server.lines if "Traceback" in line or '"level": "error"' in line]
 
@@ -252,10 +253,10 @@ def test_sigterm_cancels_what_is_not_done_in_time(
         streamed = pool.submit(_chunks, server.url, texts, 2000)
         body = {"model": MODEL, "prompt": "hello", "max_tokens": 2000, "ignore_eos": True}
         whole = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False)
-        wait_until(lambda: len(texts) > 3, WITHIN_S, "a stream has begun")
+        wait_until(lambda: len(texts) > 3, "a stream has begun", WITHIN_S)
         wait_for(triton, running=2, waiting=0)
         server.terminate()
-        wait_until(lambda: server.process.exit_code() is not None, WITHIN_S, "the front end has ended")
+        wait_until(lambda: server.process.exit_code() is not None, "the front end has ended", WITHIN_S)
         assert server.process.exit_code() == 0
         reason, last = streamed.result(30)
         assert reason is None
@@ -273,7 +274,7 @@ def test_an_engine_that_goes_away_is_an_error_event_and_then_503(tmp_path: Path,
         with ThreadPoolExecutor(1) as pool:
             texts: list[str] = []
             future = pool.submit(_chunks, front.url, texts, 2000)
-            wait_until(lambda: len(texts) > 3, WITHIN_S, "a stream has begun")
+            wait_until(lambda: len(texts) > 3, "a stream has begun", WITHIN_S)
             server.process.kill()
             reason, last = future.result(30)
         assert reason is None

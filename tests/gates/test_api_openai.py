@@ -16,11 +16,12 @@ import pytest
 import torch
 from openai import AsyncOpenAI, NotFoundError, OpenAI
 
-from tests.api.live import MODEL, async_client, get_json, post_json, wait_until
+from tests.api.live import MODEL, async_client, get_json, post_json
 from tests.api.reference import Reference
 from tests.front_end import FrontEnd
 from tests.gates.test_api_chat import USER, WEATHER
 from tests.triton_server import TritonServer
+from tests.waiting import wait_until
 
 NUM_STREAMS = 64
 
@@ -162,8 +163,8 @@ def test_64_concurrent_streams_are_each_right(
         else:
             ended = "stop" if ids[-1] == reference_model.eos_id else "length"
             assert (text, reason, count) == (expected, ended, len(ids))
-    wait_until(lambda: api_triton.metric("nmoe_requests_running") == 0.0, 10, "nothing runs")
-    wait_until(lambda: api_triton.metric("nmoe_kv_cache_utilization_percent") == 0.0, 10, "all pages are free")
+    wait_until(lambda: api_triton.metric("nmoe_requests_running") == 0.0, "nothing runs", 10)
+    wait_until(lambda: api_triton.metric("nmoe_kv_cache_utilization_percent") == 0.0, "all pages are free", 10)
 
 
 def test_events_are_server_sent_events(api: FrontEnd) -> None:

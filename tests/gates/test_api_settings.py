@@ -15,8 +15,9 @@ import pytest
 from openai import AuthenticationError, NotFoundError, OpenAI
 
 from nmoe_backend.server_process import group_members
-from tests.api.live import KEYS, MODEL, wait_until
+from tests.api.live import KEYS, MODEL
 from tests.front_end import FrontEnd
+from tests.waiting import wait_until
 
 PAGE = "http://page.example"
 PATH = "/v1/completions"
@@ -95,7 +96,7 @@ def test_request_ids_come_back_and_stand_in_the_log(guarded_api: FrontEnd, http:
         answer = http.post(PATH, json=body, headers={**BEARER, "X-Request-ID": given})
         assert (answer.status_code, answer.headers["x-request-id"]) == (status, given)
         line = re.compile(rf'"request_id": "{re.escape(given)}".*"path": "{PATH}", "status": {status}, ')
-        wait_until(lambda line=line: any(map(line.search, guarded_api.lines)), 5, f"a log line of {given}")  # type: ignore[misc]
+        wait_until(lambda line=line: any(map(line.search, guarded_api.lines)), f"a log line of {given}", 5)  # type: ignore[misc]
     drawn = http.get("/health", headers={"X-Request-ID": "has spaces in it"}).headers["x-request-id"]
     assert re.fullmatch(r"req-[0-9a-f]{32}", drawn)
     assert not any(key in line for line in guarded_api.lines for key in KEYS), "keys do not stand in the log"
@@ -120,7 +121,7 @@ def test_the_metrics_of_either_worker_are_the_sum_of_both(guarded_api: FrontEnd)
     for _ in range(12):
         answer = httpx.post(f"{guarded_api.url}{PATH}", json=BODY, headers=BEARER, trust_env=False)
         assert answer.status_code == 200
-    wait_until(lambda: _count(guarded_api.url) == before + 12, 5, "twelve more completions")
+    wait_until(lambda: _count(guarded_api.url) == before + 12, "twelve more completions", 5)
     assert {_count(guarded_api.url) for _ in range(8)} == {before + 12}, "whichever worker is asked"
     text = httpx.get(f"{guarded_api.url}/metrics", trust_env=False).text
     assert re.search(r'nmoe_api_request_seconds_count\{endpoint="/v1/completions"\} \d', text)
@@ -133,7 +134,7 @@ def _live(url: str) -> float:
 
 
 def test_the_metric_of_live_requests_follows_them(guarded_api: FrontEnd) -> None:
-    wait_until(lambda: _live(guarded_api.url) == 0, 10, "no live requests")
+    wait_until(lambda: _live(guarded_api.url) == 0, "no live requests", 10)
     body = {**BODY, "max_tokens": 1000, "ignore_eos": True, "stream": True}
     readers = []
     with ExitStack() as stack:
@@ -143,7 +144,7 @@ def test_the_metric_of_live_requests_follows_them(guarded_api: FrontEnd) -> None
             readers.append(answer.iter_lines())  # one that is let go closes its connection
             assert next(readers[-1]).startswith("data: ")
             assert _live(guarded_api.url) == count
-    wait_until(lambda: _live(guarded_api.url) == 0, 10, "no live requests")
+    wait_until(lambda: _live(guarded_api.url) == 0, "no live requests", 10)
 
 
 def test_a_worker_that_dies_is_replaced(guarded_api: FrontEnd) -> None:
@@ -153,10 +154,10 @@ def test_a_worker_that_dies_is_replaced(guarded_api: FrontEnd) -> None:
             pid for pid in group_members(guarded_api.process.pid) if pid != guarded_api.process.pid and _serves(pid)
         }
 
-    wait_until(lambda: len(workers()) == 2, 20, "two workers")
+    wait_until(lambda: len(workers()) == 2, "two workers", 20)
     first = min(workers())
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: len(workers() - {first}) == 2, 30, "another worker in place of the dead one")
+    wait_until(lambda: len(workers() - {first}) == 2, "another worker in place of the dead one", 30)
     for _ in range(6):
         answer = httpx.post(f"{guarded_api.url}{PATH}", json=BODY, headers=BEARER, trust_env=False, timeout=30.0)
         assert answer.status_code == 200

@@ -12,7 +12,7 @@ import httpx
 from perf.scripted import benchmark_table, write_repository
 from tests.front_end import FrontEnd
 from tests.server.client import Stream
-from tests.server.test_lifecycle import wait_for_metric
+from tests.server.metrics import settled
 from tests.triton_server import TritonServer, write_config
 
 GREEDY: dict[str, object] = {"text_input": "hello", "ignore_eos": True, "stream": True}
@@ -29,7 +29,7 @@ def test_a_higher_priority_goes_first_and_a_full_queue_refuses(model_path: Path,
             stream.read()
         for priority, stream in enumerate(waiting):
             stream.send({**GREEDY, "max_tokens": 30, "priority": priority})
-        wait_for_metric(server, "nmoe_requests_waiting", 4.0)
+        settled(server, {"nmoe_requests_waiting": 4.0})
         assert "max_queue_size=4" in refused.ask({**GREEDY, "max_tokens": 1}).error
         answers = [stream.read_all() for stream in waiting]
         assert [answer.error for answer in answers] == [""] * 4
@@ -51,7 +51,7 @@ def test_refusals_through_the_front_end_leave_the_server_whole(model_path: Path,
                 stream.send({**GREEDY, "max_tokens": 1000})
                 if stream is not streams[-1]:
                     stream.read()
-            wait_for_metric(server, "nmoe_requests_waiting", 1.0)
+            settled(server, {"nmoe_requests_waiting": 1.0})
 
             def ask(_: int) -> int:
                 body = {"model": "tiny", "prompt": "hello", "max_tokens": 1}

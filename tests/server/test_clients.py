@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from nmoe_backend.contract_outputs import OUTPUTS
 from nmoe_backend.text import Text
 from tests.server.client import Stream
+from tests.server.metrics import settled, snapshot_at_rest
 from tests.triton_server import TritonServer
 
 PROMPT = "The capital of France is"
@@ -179,24 +179,3 @@ def test_metrics_count_what_was_served(triton: TritonServer, text: Text) -> None
     assert triton.metric("nmoe_requests_finished_total", finish_reason="length") == finished + 2
     assert triton.metric("nmoe_engine_alive") == 1
     assert triton.metric("nmoe_kv_cache_utilization_percent") == 0
-
-
-def snapshot_at_rest(triton: TritonServer, names: list[str]) -> dict[str, float]:
-    """The values once two pushes have changed nothing: what ran before has been counted."""
-    last: dict[str, float] = {}
-    since = start = time.monotonic()
-    while time.monotonic() - since < 0.6:
-        assert time.monotonic() - start < 30, "the server does not come to rest"
-        found = {name: triton.metric(name) for name in names}
-        if found != last:
-            last, since = found, time.monotonic()
-        time.sleep(0.02)
-    return last
-
-
-def settled(triton: TritonServer, expected: dict[str, float]) -> None:
-    """Metrics are pushed four times a second."""
-    limit = time.monotonic() + 5
-    while (found := {name: triton.metric(name) for name in expected}) != expected:
-        assert time.monotonic() < limit, f"got {found}, expected {expected}"
-        time.sleep(0.02)

@@ -11,7 +11,7 @@ import pytest
 
 from perf.scripted import ROOT
 from tests.server.client import Stream
-from tests.server.test_lifecycle import scripted
+from tests.server.scripted_streams import scripted
 from tests.triton_server import TritonServer
 
 LIMIT_S = 10.0

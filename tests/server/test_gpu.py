@@ -16,7 +16,7 @@ import pytest
 from nmoe_backend.config import ServeConfig
 from scripts.make_tiny_checkpoint import make_checkpoint
 from tests.generation import GREEDY, engine_of, generate, replace, tokens
-from tests.server.test_metrics import scrape, scrape_when
+from tests.server.metrics import scrape, scrape_when
 from tests.triton_server import TritonServer
 
 TOML = """

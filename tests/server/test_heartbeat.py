@@ -19,7 +19,7 @@ import pytest
 from nmoe_backend import grpc_probe
 from nmoe_backend.server_process import group_members, shared_memory
 from perf.scripted import ROOT
-from tests.server.test_lifecycle import scripted
+from tests.server.scripted_streams import scripted
 from tests.triton_server import TritonServer, free_ports
 
 LIMIT_S = 20.0

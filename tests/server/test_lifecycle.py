@@ -8,52 +8,19 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from nmoe_backend.server_process import group_members
 from perf import perf_analyzer
-from perf.scripted import ROOT, benchmark_table, write_repository
-from tests.server.client import Answer, Stream
-from tests.triton_server import TritonServer, write_config
+from perf.scripted import ROOT
+from tests.server.client import Stream
+from tests.server.metrics import settled
+from tests.server.scripted_streams import LONG, running_streams, scripted
+from tests.triton_server import TritonServer
 
-LONG: dict[str, object] = {"text_input": "hello", "ignore_eos": True, "stream": True}
 SHM = Path("/dev/shm")
-
-
-def scripted(model_path: Path, folder: Path, step_ms: float) -> tuple[Path, Path]:
-    """A config and a repository whose steps take step_ms, on two ranks."""
-    config = write_config(folder / "scripted.toml", model_path, gpus=[0, 1], max_seq_len=4096)
-    config.write_text(config.read_text() + benchmark_table({"step_ms": step_ms}))
-    return config, write_repository(folder)
-
-
-@contextmanager
-def running_streams(server: TritonServer, count: int, max_tokens: int) -> Iterator[list[Future[Answer]]]:
-    """Streams that have got their first token; a broken connection counts as an error."""
-
-    def ask(index: int) -> Answer:
-        with Stream(server.grpc) as stream:
-            stream.send({**LONG, "max_tokens": max_tokens}, ("deepseek_v3", "ensemble")[index % 2])
-            first = stream.read()
-            started.append(first)
-            answer = stream.read_all()
-            if not isinstance(first, str):
-                answer.responses.insert(0, first)
-            return answer
-
-    started: list[object] = []
-    with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(ask, index) for index in range(count)]
-        limit = time.monotonic() + 30
-        while len(started) < count:
-            assert time.monotonic() < limit, f"only {len(started)} of {count} streams started"
-            time.sleep(0.01)
-        yield futures
 
 
 def leftovers(server: TritonServer) -> tuple[list[int], list[str]]:
@@ -100,17 +67,9 @@ def test_a_broken_engine_ends_every_stream_with_an_error_and_says_why_once(model
         assert all("device 1 fell off the bus" in answer.error for answer in answers)
         with Stream(server.grpc) as stream:
             assert "no replica is alive" in stream.ask({**LONG, "max_tokens": 2}).error
-        wait_for_metric(server, "nmoe_engine_alive", 0.0)
+        settled(server, {"nmoe_engine_alive": 0.0})
         assert server.metric("nmoe_request_errors_total", kind="engine") == 8
     assert len([line for line in server.lines if '"event": "engine_failed"' in line]) == 1  # of all that it printed
-
-
-def wait_for_metric(server: TritonServer, name: str, value: float) -> None:
-    """Metrics are pushed four times a second."""
-    limit = time.monotonic() + 5
-    while server.metric(name) != value:
-        assert time.monotonic() < limit, f"{name} is {server.metric(name)}, not {value}"
-        time.sleep(0.02)
 
 
 def resident_kb(pid: int) -> int:

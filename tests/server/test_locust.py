@@ -10,7 +10,7 @@ import pytest
 
 from perf.scripted import ROOT
 from tests.front_end import FrontEnd
-from tests.server.test_clients import settled, snapshot_at_rest
+from tests.server.metrics import settled, snapshot_at_rest
 from tests.triton_server import TritonServer
 
 GENERATED = "nmoe_generation_tokens_total"

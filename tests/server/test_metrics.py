@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from nmoe_backend.metrics_families import SPECS
 from perf.scripted import ROOT
 from tests.server.client import Answer, Stream
-from tests.server.test_lifecycle import running_streams, scripted
+from tests.server.metrics import scrape, scrape_when
+from tests.server.scripted_streams import running_streams, scripted
 from tests.triton_server import TritonServer
 
-LIMIT_S = 20.0
 NUM_STREAMS = 12
 CLOCKS_S = 0.1  # the server may look at its clock just after the client did, at each of the streams' ends
 MAX_TOKENS = 16
@@ -28,26 +26,6 @@ from perf.scripted import scripted_model
 from tests.server.failing_engine import start_overflowing
 TritonPythonModel = scripted_model(start_overflowing)
 """
-
-
-def scrape(server: TritonServer) -> dict[str, float]:
-    """`name` or `name{value of the label that tells series apart}` -> value, read by Prometheus' own parser."""
-    own = {spec.name: spec.label for spec in SPECS}
-    found = {}
-    for family in text_string_to_metric_families(server.get("metrics", server.metrics).decode()):
-        for sample in family.samples:
-            label = "le" if sample.name.endswith("_bucket") else own.get(sample.name, "")
-            found[f"{sample.name}{{{sample.labels[label]}}}" if label else sample.name] = sample.value
-    return found
-
-
-def scrape_when(server: TritonServer, holds: Callable[[dict[str, float]], bool]) -> dict[str, float]:
-    """Pushes come four times a second."""
-    limit = time.monotonic() + LIMIT_S
-    while not holds(values := scrape(server)):
-        assert time.monotonic() < limit, values
-        time.sleep(0.05)
-    return values
 
 
 def test_every_declared_metric_is_exported(triton: TritonServer) -> None:

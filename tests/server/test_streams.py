@@ -21,6 +21,7 @@ from perf.scripted import benchmark_table, write_repository
 from tests.generation import Collected, engine_of, request_of, tokens
 from tests.server.client import Stream
 from tests.triton_server import TritonServer, write_config
+from tests.waiting import wait_until
 
 NUM_STREAMS = 64
 
@@ -32,15 +33,6 @@ def offline(config_path: Path) -> Iterator[Orchestrator]:
     with engine_of(ServeConfig.from_toml(config_path)) as orchestrator:
         yield orchestrator
     torch.set_num_threads(threads)
-
-
-def wait_until(holds: Callable[[], bool], limit_s: float) -> float:
-    """Seconds until it held; an error when it did not within the limit."""
-    start = time.monotonic()
-    while not holds():
-        assert time.monotonic() - start < limit_s, f"did not happen within {limit_s} s"
-        time.sleep(0.01)
-    return time.monotonic() - start
 
 
 def test_64_concurrent_streams_get_exactly_the_offline_tokens(
@@ -108,11 +100,13 @@ def test_a_client_that_disconnects_frees_its_pages_within_a_second(triton: Trito
         stream.send({"input_ids": prompt, "max_tokens": 900, "temperature": 0.0, "ignore_eos": True, "stream": True})
     for stream in streams:
         assert not isinstance(stream.read(), str)
-    wait_until(lambda: pages() > 0, 5.0)
+    wait_until(lambda: pages() > 0, "pages are taken")
     for stream in streams:
         stream.disconnect()
-    wait_until(lambda: pages() == 0, 1.0)
-    wait_until(lambda: triton.metric("nmoe_request_errors_total", kind="cancelled") == before + 4, 5.0)
+    wait_until(lambda: pages() == 0, "all pages are free", 1.0)
+    wait_until(
+        lambda: triton.metric("nmoe_request_errors_total", kind="cancelled") == before + 4, "four are cancelled", 5.0
+    )
     assert triton.metric("nmoe_requests_running") == 0
 
 
@@ -123,8 +117,8 @@ def test_an_http_stream_that_disconnects_frees_its_pages_within_a_second(triton:
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert answer.readline().startswith(b"data: ")
-        wait_until(lambda: triton.metric("nmoe_kv_cache_utilization_percent") > 0, 5.0)
-    wait_until(lambda: triton.metric("nmoe_kv_cache_utilization_percent") == 0, 1.0)
+        wait_until(lambda: triton.metric("nmoe_kv_cache_utilization_percent") > 0, "pages are taken")
+    wait_until(lambda: triton.metric("nmoe_kv_cache_utilization_percent") == 0, "all pages are free", 1.0)
 
 
 def test_requests_with_one_tensor_set_batch_and_mixed_sets_are_all_answered(triton: TritonServer) -> None:

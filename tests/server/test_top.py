@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from perf.scripted import ROOT
-from tests.server.test_lifecycle import running_streams, scripted
-from tests.server.test_metrics import scrape_when
+from tests.server.metrics import scrape_when
+from tests.server.scripted_streams import running_streams, scripted
 from tests.triton_server import TritonServer
 
 

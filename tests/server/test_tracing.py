@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from nmoe_backend.api.engine_client import TEXT_OUTPUTS, TRACEPARENT, EngineClient
-from tests.server.test_lifecycle import scripted
+from tests.server.scripted_streams import scripted
 from tests.triton_server import TritonServer
 
 LIMIT_S = 20.0

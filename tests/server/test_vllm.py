@@ -13,8 +13,8 @@ import pytest
 from perf.scripted import benchmark_table, write_repository
 from tests.server.client import Answer, Stream
 from tests.server.reference import Reference
-from tests.server.test_streams import wait_until
 from tests.triton_server import TritonServer, write_config
+from tests.waiting import wait_until
 
 MODEL = "deepseek_v3_vllm"
 PROMPT = "In this example,"
@@ -197,8 +197,12 @@ def test_what_an_ensemble_keeps_from_being_cancelled_ends_at_max_orphan_s(bounde
             stream.send(values, model)
             assert not isinstance(stream.read(), str)
             stream.disconnect()
-        wait_until(lambda: bounded.metric("nmoe_request_errors_total", kind="deadline") == 2, 10.0)
+        wait_until(
+            lambda: bounded.metric("nmoe_request_errors_total", kind="deadline") == 2,
+            "both have met their deadline",
+            10.0,
+        )
         answer = cancellable.read_all()
     assert answer.error == "" and len(answer.ids) == 150
-    wait_until(lambda: bounded.metric("nmoe_requests_running") == 0, 5.0)
+    wait_until(lambda: bounded.metric("nmoe_requests_running") == 0, "nothing runs", 5.0)
     assert bounded.metric("nmoe_generation_tokens_total") < 2 * 900

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,17 +23,11 @@ import pytest
 from nmoe_backend import server_process
 from tests.model_folder import write_model_folder, write_toml
 from tests.setup.echo_repository import write_echo_repository
+from tests.triton_server import free_ports
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60.0  # of every wait here; the things waited for take one to three seconds
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 class Launcher:
@@ -169,14 +164,9 @@ def test_a_request_that_runs_when_the_signal_comes_still_gets_its_answer(
     launcher.wait_for("ready: ")
     group = launcher.server()
     prefix = prefix_of(group)
-    answers: list[str] = []
-    client = threading.Thread(target=lambda: answers.append(launcher.post("slow")))
-    client.start()
-    wait_until(lambda: connections_to(launcher.ports[0]) > 0)
-    launcher.process.send_signal(signal.SIGTERM)
-    assert launcher.wait_for_end() == 0
-    client.join(LIMIT_S)
-    assert len(answers) == 1 and '"text_output":"slow"' in answers[0]
+    with slow_request(launcher):
+        launcher.process.send_signal(signal.SIGTERM)
+        assert launcher.wait_for_end() == 0
     launcher.assert_nothing_is_left(group, prefix)
 
 
@@ -247,16 +237,11 @@ def test_nmoe_drain_lets_requests_finish_and_waits_for_the_end(launched: list[La
     launcher.wait_for("ready: ")
     group = launcher.server()
     prefix = prefix_of(group)
-    answers: list[str] = []
-    client = threading.Thread(target=lambda: answers.append(launcher.post("slow")))
-    client.start()
-    wait_until(lambda: connections_to(launcher.ports[0]) > 0)
-    arguments = [sys.executable, "-m", "nmoe_backend", "drain", "--config", str(launcher.toml)]
-    drained = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    assert (drained.returncode, drained.stdout) == (0, "drained\n"), drained
-    assert launcher.wait_for_end() == 0
-    client.join(LIMIT_S)
-    assert len(answers) == 1 and '"text_output":"slow"' in answers[0]
+    with slow_request(launcher):
+        arguments = [sys.executable, "-m", "nmoe_backend", "drain", "--config", str(launcher.toml)]
+        drained = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        assert (drained.returncode, drained.stdout) == (0, "drained\n"), drained
+        assert launcher.wait_for_end() == 0
     launcher.assert_nothing_is_left(group, prefix)
 
 
@@ -266,7 +251,10 @@ def test_when_the_launcher_is_killed_the_server_ends_by_itself(launched: list[La
     group = launcher.server()
     prefix = prefix_of(group)
     launcher.process.kill()
-    wait_until(lambda: not server_process.group_members(group) and not server_process.shared_memory(prefix))
+    wait_until(
+        lambda: not server_process.group_members(group) and not server_process.shared_memory(prefix),
+        "nothing of the server is left",
+    )
     launcher.assert_nothing_is_left(group, prefix)
 
 
@@ -293,14 +281,14 @@ def test_flags_behind_two_dashes_reach_tritonserver(launched: list[Launcher], tm
         assert '"name":"chosen-name"' in answer.read().decode()
 
 
-def wait_until(condition: object) -> None:
-    """Poll a condition of the outside world, which nobody signals to us."""
-    assert callable(condition)
-    deadline = time.monotonic() + LIMIT_S
-    tick = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        tick.wait(0.05)
+@contextlib.contextmanager
+def slow_request(launcher: Launcher) -> Iterator[None]:
+    """A request that is running inside, and has its answer behind it."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(launcher.post, "slow")
+        wait_until(lambda: connections_to(launcher.ports[0]) > 0, "the client is connected")
+        yield
+        assert '"text_output":"slow"' in answer.result(LIMIT_S)
 
 
 def connections_to(port: int) -> int:
