@@ -18,7 +18,7 @@ from nmoe_backend.runtime.output import LogprobColumns, StepOutput, StepResult
 from nmoe_backend.runtime.sampler_plain import PlainSampler
 from nmoe_backend.types import EngineLimits, RankOutput, SamplingParams, SlotInit
 from tests.gates.replica import limits_for
-from tests.kernels.test_sampling import SetGrammar
+from tests.plain_sampler import SetGrammar
 
 pytestmark = pytest.mark.gpu
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
