@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -105,7 +106,8 @@ def face_model(face: ModuleType, submit: object) -> tuple[object, list[object], 
     model._responder = SimpleNamespace(
         open=lambda parsed, channel, record: SimpleNamespace(request=parsed.request), discard=discarded.append
     )
-    model._encoder, model._request_ids, model._compiling = None, iter(range(9)), {}
+    model._encoder, model._request_ids = None, iter(range(9))
+    model._compiling, model._stop_lock = {}, threading.Lock()
     return model, discarded, refused
 
 
@@ -160,6 +162,28 @@ def test_a_stop_command_reaches_a_request_whose_guide_still_compiles(face: Modul
         future.set_result(f"grammar {number}")
     assert submitted == ["grammar 1"], "the stopped one was answered"
     assert [len(one.sender.sent) for one in requests] == [1, 0, 0]
+
+
+def test_a_stop_command_does_not_pass_a_request_between_its_guide_and_the_engine(face: ModuleType) -> None:
+    """It comes while a thread of the compiler submits the request: the engine hears of the request first."""
+    told: list[str] = []
+
+    def submit(request: object, stream: object) -> None:
+        stopper.start()
+        stopper.join(0.1)
+        told.append("submitted")
+
+    model, _, refused = face_model(face, submit)
+    future, parsed = Future[str](), iter([_guided(0), face.StopCommand(client_id="mine")])
+    model._contract = SimpleNamespace(parse=lambda call: next(parsed))  # type: ignore[attr-defined]
+    model._grammars = SimpleNamespace(compile=lambda guide: future)  # type: ignore[attr-defined]
+    model._engine.cancel_by_client_id = lambda client_id: told.append("cancelled")  # type: ignore[attr-defined]
+    face._Channel.answer_empty = lambda self, outputs: None
+    stopper = threading.Thread(target=model.execute, args=[[FakeRequest()]])  # type: ignore[attr-defined]
+    model.execute([FakeRequest()])  # type: ignore[attr-defined]
+    future.set_result("grammar")
+    stopper.join()
+    assert told == ["submitted", "cancelled"] and refused == []
 
 
 def test_a_guided_request_is_submitted_when_its_grammar_is_there_and_holds_nobody_up(face: ModuleType) -> None:

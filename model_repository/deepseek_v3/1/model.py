@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -72,6 +73,7 @@ class TritonPythonModel:
         self._registry = _Registry()
         self._request_ids = itertools.count(1)
         self._compiling: dict[int, tuple[str, _Channel]] = {}  # request id -> client id, its channel
+        self._stop_lock = threading.Lock()  # a request is here or with the engine when a stop command looks
         self._engine = self._start_engine(config)
         devices = self._device_reader(config)
         metrics = Metrics(
@@ -146,8 +148,9 @@ class TritonPythonModel:
         )
         parsed = self._contract.parse(call)
         if isinstance(parsed, StopCommand):
-            self._engine.cancel_by_client_id(parsed.client_id)
-            self._cancel_compiling(parsed.client_id)
+            with self._stop_lock:
+                self._engine.cancel_by_client_id(parsed.client_id)
+                self._cancel_compiling(parsed.client_id)
             channel.answer_empty([name for name in OUTPUTS if name in requested])
         elif parsed.guide is None:
             self._submit(parsed, channel)
@@ -158,9 +161,9 @@ class TritonPythonModel:
 
     def _submit_guided(self, parsed: ParsedRequest, channel: _Channel, done: Future[Grammar]) -> None:
         """The guide is compiled, or has failed. A client that went away meanwhile is noticed like any other."""
-        if self._compiling.pop(parsed.request.request_id, None) is None:
-            return  # a stop command was first
-        with self._answering(channel):
+        with self._stop_lock, self._answering(channel):
+            if self._compiling.pop(parsed.request.request_id, None) is None:
+                return  # a stop command was first
             if done.cancelled():
                 raise RequestError("the server takes no requests any more: it is draining", ErrorKind.UNAVAILABLE)
             self._submit(parsed.with_grammar(done.result()), channel)
@@ -168,7 +171,8 @@ class TritonPythonModel:
     def _cancel_compiling(self, client_id: str) -> None:
         """The requests of this id that the engine does not know yet."""
         for request_id, (owner, channel) in [*self._compiling.items()]:
-            if owner == client_id and self._compiling.pop(request_id, None) is not None:
+            if owner == client_id:
+                del self._compiling[request_id]
                 self._refuse(channel, RequestError("the request ended: cancelled", ErrorKind.CANCELLED))
 
     def _submit(self, parsed: ParsedRequest, channel: _Channel) -> None:
