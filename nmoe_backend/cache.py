@@ -43,10 +43,6 @@ class PagePool:
         """How many pages hold `num_tokens` tokens of one sequence."""
         return -(-num_tokens // self.page_size)
 
-    def owner_of(self, page: int) -> int:
-        """The owner's id, or FREE."""
-        return self._owners[page]
-
     def allocate(self, num_pages: int, owner: int) -> list[int]:
         """Take `num_pages` pages. The caller has made sure that they are there (num_free)."""
         free = self._free

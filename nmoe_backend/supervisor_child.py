@@ -1,7 +1,8 @@
 """One child of `nmoe serve`: started, waited for, watched, and started again with back-off when it dies.
 
 The supervisor calls `tick` ten times a second for each of its children, so that no child's start hides another one's
-death. A tick waits for the end of what it kills, and for the first request of a server that says that it is ready.
+death. A tick waits for the end of what it kills, for the first request of a server that says that it is ready, and
+for what a watch looks at.
 """
 
 from __future__ import annotations
