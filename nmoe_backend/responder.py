@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 class ChannelError(Exception):
-    """A response could not be delivered."""
+    """The server did not take a response, or did not say whether the client is there."""
 
 
 class Channel(Protocol):
@@ -55,7 +55,8 @@ class Channel(Protocol):
         """The final response, an error. Raises ChannelError when it cannot be delivered."""
 
     def is_cancelled(self) -> bool:
-        """Whether the client went away. Never asked at or after the final response."""
+        """Whether the client went away. Never asked at or after the final response. Raises ChannelError when the server
+        does not say: it may be short of shared memory for a moment."""
 
 
 class Requests(Protocol):
@@ -272,10 +273,17 @@ class Responder:
             with stream.final_lock:
                 if stream.closed:
                     continue
-                is_gone = stream.channel.is_cancelled()
+                is_gone = self._is_gone(stream)
             if is_gone:
                 self._requests.cancel(stream.request_id)  # the engine closes its sink, and so it ends with FINAL
             self._poll_queue.append(stream)
+
+    def _is_gone(self, stream: Stream) -> bool:
+        try:
+            return stream.channel.is_cancelled()
+        except ChannelError as error:
+            _log.info("request %d: asked again later, it cannot be told now: %s", stream.request_id, error)
+            return False
 
     def _send(self, stream: Stream, chunk: Chunk, found_stop: bool) -> None:
         final = chunk.finish_reason is not None

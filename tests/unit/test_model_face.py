@@ -205,6 +205,14 @@ def test_a_guided_request_is_submitted_when_its_grammar_is_there_and_holds_nobod
     assert [len(one.sender.sent) for one in requests] == [1, 0, 1, 0]
 
 
+def test_a_server_that_does_not_say_whether_a_client_is_there_ends_no_thread(face: ModuleType) -> None:
+    def is_cancelled() -> bool:
+        raise face.pb_utils.TritonModelException("no shared memory")
+
+    with pytest.raises(face.ChannelError, match="no shared memory"):
+        face._Channel(SimpleNamespace(is_cancelled=is_cancelled), None, None).is_cancelled()
+
+
 def test_a_dead_sender_turns_the_model_not_ready(face: ModuleType) -> None:
     model = face.TritonPythonModel()
     for engine, responder in ((True, True), (True, False), (False, True)):

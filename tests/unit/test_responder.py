@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nmoe_backend.contract_outputs import Chunk
+from nmoe_backend.responder import ChannelError
 from nmoe_backend.text import Text
 from nmoe_backend.types import ErrorKind, FinishReason, RequestError, TokenLogprobs
 from tests.responding import WAIT_S, Desk, FakeChannel, put_text
@@ -253,6 +254,23 @@ def test_the_final_response_waits_for_a_poll_that_is_under_way(text: Text) -> No
     assert channel.ended.wait(WAIT_S)
     poll.join()
     sender.join()
+
+
+def test_a_server_that_cannot_tell_whether_a_client_is_gone_is_asked_again(desk: Desk) -> None:
+    class SilentChannel(FakeChannel):
+        def is_cancelled(self) -> bool:
+            if not super().is_cancelled():
+                raise ChannelError("no shared memory")
+            return True
+
+    silent, other = SilentChannel(), FakeChannel()
+    streams = [desk.open(silent), desk.open(other)]
+    other.gone = True
+    desk.responder.poll()
+    assert desk.engine.cancelled == [streams[1].request_id]
+    silent.gone = True
+    desk.responder.poll()
+    assert desk.engine.cancelled[1:] == [streams[0].request_id, streams[1].request_id]
 
 
 def test_polling_forgets_streams_that_ended(desk: Desk) -> None:

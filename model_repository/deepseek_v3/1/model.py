@@ -232,7 +232,10 @@ class _Channel:
         self._send(pb_utils.InferenceResponse(self._encoder.empty(outputs)), final=True)
 
     def is_cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        try:
+            return bool(self._sender.is_cancelled())
+        except pb_utils.TritonModelException as error:
+            raise ChannelError(str(error)) from error
 
     def _send(self, response: Any, final: bool) -> None:
         try:
