@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["goals", "decode"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 6000])
     parser.add_argument("--prompt", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--chunks", type=int, nargs="+", default=list(range(LONG // LONG_CHUNK)))
     parser.add_argument("--nvlink", type=float, help="GB/s between two GPUs, instead of what was measured")
     results.add_arguments(parser)

@@ -63,9 +63,8 @@ class StepGraphs:
         smaller ones fit into its memory. All ranks of the group call it together."""
         began, before = time.monotonic(), self._taken()
         self._columns.load(RankPlan(), self._context.stream)
-        sizes = {
-            (bucket.tokens, bucket.rows): bucket for bucket in self._buckets
-        }  # those of a size take the same kernels
+        # Those of a size take the same kernels.
+        sizes = {(bucket.tokens, bucket.rows): bucket for bucket in self._buckets}
         for bucket in reversed(sizes.values()):
             started = time.monotonic()
             self._forward(bucket)
