@@ -164,26 +164,65 @@ def test_a_stop_command_reaches_a_request_whose_guide_still_compiles(face: Modul
     assert [len(one.sender.sent) for one in requests] == [1, 0, 0]
 
 
+class NotingLock:
+    """A lock that says when somebody finds it taken."""
+
+    def __init__(self, found_taken: threading.Event) -> None:
+        self._lock, self._found_taken = threading.Lock(), found_taken
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._found_taken.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 def test_a_stop_command_does_not_pass_a_request_between_its_guide_and_the_engine(face: ModuleType) -> None:
     """It comes while a thread of the compiler submits the request: the engine hears of the request first."""
     told: list[str] = []
+    has_come = threading.Event()
 
     def submit(request: object, stream: object) -> None:
         stopper.start()
-        stopper.join(0.1)
+        assert has_come.wait(30.0)
         told.append("submitted")
+
+    def cancel(client_id: str) -> None:
+        told.append("cancelled")
+        has_come.set()
 
     model, _, refused = face_model(face, submit)
     future, parsed = Future[str](), iter([_guided(0), face.StopCommand(client_id="mine")])
     model._contract = SimpleNamespace(parse=lambda call: next(parsed))  # type: ignore[attr-defined]
     model._grammars = SimpleNamespace(compile=lambda guide: future)  # type: ignore[attr-defined]
-    model._engine.cancel_by_client_id = lambda client_id: told.append("cancelled")  # type: ignore[attr-defined]
+    model._engine.cancel_by_client_id = cancel  # type: ignore[attr-defined]
+    model._stop_lock = NotingLock(has_come)  # type: ignore[attr-defined]
     face._Channel.answer_empty = lambda self, outputs: None
     stopper = threading.Thread(target=model.execute, args=[[FakeRequest()]])  # type: ignore[attr-defined]
     model.execute([FakeRequest()])  # type: ignore[attr-defined]
     future.set_result("grammar")
     stopper.join()
     assert told == ["submitted", "cancelled"] and refused == []
+
+
+def test_no_refusal_is_sent_while_stop_commands_have_to_wait(face: ModuleType) -> None:
+    """A send is a round trip to the server: neither a guide that fails nor a stop command makes it under the lock."""
+    model, _, refused = face_model(face, lambda request, stream: None)
+    futures, held = [Future[str](), Future[str]()], list[bool]()
+    waiting, parsed = iter(futures), iter([_guided(0), _guided(1), face.StopCommand(client_id="mine")])
+    model._contract = SimpleNamespace(parse=lambda call: next(parsed))  # type: ignore[attr-defined]
+    model._grammars = SimpleNamespace(compile=lambda guide: next(waiting))  # type: ignore[attr-defined]
+    model._engine.cancel_by_client_id = lambda client_id: None  # type: ignore[attr-defined]
+    face._Channel.answer_empty = lambda self, outputs: None
+    requests = [FakeRequest() for _ in range(3)]
+    for one in requests:
+        one.sender.send = lambda response, flags: held.append(model._stop_lock.locked())  # type: ignore
+    requests[0].request_id = lambda: "mine"  # type: ignore[method-assign]
+    model.execute(requests)  # type: ignore[attr-defined]
+    futures[1].set_exception(RequestError("no schema"))
+    assert refused == [ErrorKind.CANCELLED, ErrorKind.INVALID] and held == [False, False]
 
 
 def test_a_guided_request_is_submitted_when_its_grammar_is_there_and_holds_nobody_up(face: ModuleType) -> None:

@@ -148,9 +148,7 @@ class TritonPythonModel:
         )
         parsed = self._contract.parse(call)
         if isinstance(parsed, StopCommand):
-            with self._stop_lock:
-                self._engine.cancel_by_client_id(parsed.client_id)
-                self._cancel_compiling(parsed.client_id)
+            self._stop(parsed.client_id)
             channel.answer_empty([name for name in OUTPUTS if name in requested])
         elif parsed.guide is None:
             self._submit(parsed, channel)
@@ -161,19 +159,21 @@ class TritonPythonModel:
 
     def _submit_guided(self, parsed: ParsedRequest, channel: _Channel, done: Future[Grammar]) -> None:
         """The guide is compiled, or has failed. A client that went away meanwhile is noticed like any other."""
-        with self._stop_lock, self._answering(channel):
+        with self._answering(channel), self._stop_lock:  # in this order: a refusal is sent without the lock
             if self._compiling.pop(parsed.request.request_id, None) is None:
                 return  # a stop command was first
             if done.cancelled():
                 raise RequestError("the server takes no requests any more: it is draining", ErrorKind.UNAVAILABLE)
             self._submit(parsed.with_grammar(done.result()), channel)
 
-    def _cancel_compiling(self, client_id: str) -> None:
-        """The requests of this id that the engine does not know yet."""
-        for request_id, (owner, channel) in [*self._compiling.items()]:
-            if owner == client_id:
-                del self._compiling[request_id]
-                self._refuse(channel, RequestError("the request ended: cancelled", ErrorKind.CANCELLED))
+    def _stop(self, client_id: str) -> None:
+        """Ends the requests of this id: the engine's, and those that it does not know yet."""
+        with self._stop_lock:
+            self._engine.cancel_by_client_id(client_id)
+            compiling = [request_id for request_id, (owner, _) in self._compiling.items() if owner == client_id]
+            channels = [self._compiling.pop(request_id)[1] for request_id in compiling]
+        for channel in channels:
+            self._refuse(channel, RequestError("the request ended: cancelled", ErrorKind.CANCELLED))
 
     def _submit(self, parsed: ParsedRequest, channel: _Channel) -> None:
         stream = self._responder.open(parsed, channel, channel.record)
