@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from perf import plots, results
 from perf.bench_kernels import kernel_lines
@@ -99,33 +99,42 @@ async def run(benchmark: Benchmark, folder: Path, args: argparse.Namespace, devi
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     assert process.stdout is not None
-    try:
-        with (folder / f"{name}.log").open("w") as log:
+    with (folder / f"{name}.log").open("w") as log:
+        try:
             async with asyncio.timeout(LIMIT_S):
-                async for raw in process.stdout:
-                    line = raw.decode(errors="replace")
-                    print(f"{name}: {line}", end="", flush=True)
-                    log.write(line)
+                await _copy(process.stdout, name, log)
                 code = await process.wait()
-    except TimeoutError:
-        print(f"== {name}: still runs after {LIMIT_S:g} s, and is ended", flush=True)
-        return False
-    finally:
-        await _end(process)
+        except TimeoutError:
+            print(f"== {name}: still runs after {LIMIT_S:g} s, and is ended", flush=True)
+            return False
+        finally:
+            await _end(process)
+            await _copy(process.stdout, name, log)  # where it stood when it was interrupted
     print(f"== {name}: exit code {code}", flush=True)
     return code == 0
 
 
+async def _copy(output: asyncio.StreamReader, name: str, log: TextIO) -> None:
+    """Until its end, line by line."""
+    async for raw in output:
+        line = raw.decode(errors="replace")
+        print(f"{name}: {line}", end="", flush=True)
+        log.write(line)
+
+
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """Where it still runs, interrupts it, so that it ends its servers. Then kills what is left of its group."""
-    with contextlib.suppress(ProcessLookupError):
+    """Where it still runs, interrupts it, so that it ends its servers. Then kills what is left of its group, at once
+    where the waiting itself is interrupted."""
+    try:
         if process.returncode is None:
-            os.killpg(process.pid, signal.SIGINT)
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(ProcessLookupError, TimeoutError):
+                os.killpg(process.pid, signal.SIGINT)
                 async with asyncio.timeout(END_S):
                     await process.wait()
-        os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
 async def run_all(

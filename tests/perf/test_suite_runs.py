@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from nmoe_backend.server_process import group_members
 from perf import suite
 from perf.suite import Benchmark
+from tests.waiting import wait_until
 
 STAND_IN = """
 import json, os, sys
@@ -102,6 +104,7 @@ def test_one_that_fails_and_one_that_hangs_cost_the_others_nothing(
     assert "streaming: no tritonserver on PATH\n== streaming: exit code 1" in said
     assert "== lmsys_decode: still runs after 5 s, and is ended" in said
     assert (stand_ins.folder / "lmsys_decode.interrupted").exists()
+    assert (stand_ins.out / "lmsys_decode.log").read_text().endswith("\nKeyboardInterrupt\n"), "where it stood"
     assert "FAILED: streaming, lmsys_decode, startup" in said
     assert [line.partition(":")[0] for line in said.splitlines() if "WORSE" in line] == ["WORSE P9", "WORSE start_cold"]
     goals = json.loads((stand_ins.out / "goals.json").read_text())
@@ -141,3 +144,22 @@ def test_sigterm_ends_what_runs(stand_ins: StandIns, monkeypatch: pytest.MonkeyP
         stand_ins.run("--only", "prefill", "load")
     assert (stand_ins.out / "load.json").exists() and not (stand_ins.out / "prefill.json").exists()
     assert (stand_ins.folder / "prefill.interrupted").exists()
+
+
+def test_a_second_sigterm_kills_at_once_what_does_not_end(stand_ins: StandIns) -> None:
+    """Its whole group: what it has started too."""
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
+    terminate = f"os.kill({os.getpid()}, {signal.SIGTERM:d})"
+    stand_ins.between = {
+        "load": "import signal, subprocess\n"
+        f'child = subprocess.Popen([sys.executable, "-c", {deaf!r}], stdout=subprocess.PIPE)\n'
+        "child.stdout.readline()\n"
+        "(folder / 'group').write_text(str(os.getpgrp()))\n"
+        f"signal.signal(signal.SIGINT, lambda *_: {terminate})\n"
+        f"{terminate}\n"
+        "while True:\n    signal.pause()\n"
+    }
+    with pytest.raises(SystemExit, match="interrupted"):
+        stand_ins.run("--only", "load")
+    group = int((stand_ins.folder / "group").read_text())
+    wait_until(lambda: not group_members(group), "the group is gone")
