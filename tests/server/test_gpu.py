@@ -44,9 +44,8 @@ def test_the_server_on_a_gpu_gives_exactly_the_engines_tokens(preset: str, dtype
     draw = random.Random(0)
     prompts = [[draw.randrange(30, 1000) for _ in range(draw.randint(1, 300))] for _ in range(4)]
     sampling = replace(GREEDY, max_tokens=16, ignore_eos=True)
-    with engine_of(
-        ServeConfig.from_toml(toml), progress=print
-    ) as engine:  # one at a time: the same batch shapes as below
+    with engine_of(ServeConfig.from_toml(toml), progress=print) as engine:
+        # One at a time: the same batch shapes as below.
         offline = [tokens(generate(engine, [prompt], sampling))[0] for prompt in prompts]
     body = {"max_tokens": 16, "temperature": 0.0, "ignore_eos": True}
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -129,6 +129,7 @@ def test_a_live_server_answers_over_grpc_whatever_proxy_the_environment_names(
 ) -> None:
     assert grpc_probe.answers(triton.grpc)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
     assert grpc_probe.answers(triton.grpc)
     assert not grpc_probe.answers(triton.http), "no gRPC there"
 
