@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -33,13 +33,19 @@ def scrape_when(server: TritonServer, holds: Callable[[dict[str, float]], bool])
     return values
 
 
+def _some(server: TritonServer, names: Iterable[str]) -> dict[str, float]:
+    """0 for what is not there yet."""
+    values = scrape(server)
+    return {name: values.get(name, 0.0) for name in names}
+
+
 def snapshot_at_rest(triton: TritonServer, names: list[str]) -> dict[str, float]:
-    """The values once two pushes have changed nothing: what ran before has been counted."""
+    """The values, named as `scrape` does, once two pushes have changed nothing: what ran before has been counted."""
     last: dict[str, float] = {}
     since = start = time.monotonic()
     while time.monotonic() - since < 0.6:
         assert time.monotonic() - start < 30, "the server does not come to rest"
-        found = {name: triton.metric(name) for name in names}
+        found = _some(triton, names)
         if found != last:
             last, since = found, time.monotonic()
         time.sleep(0.02)
@@ -47,8 +53,8 @@ def snapshot_at_rest(triton: TritonServer, names: list[str]) -> dict[str, float]
 
 
 def settled(triton: TritonServer, expected: dict[str, float]) -> None:
-    """Metrics are pushed four times a second."""
+    """Until these series, named as `scrape` does, have these values in one scrape: a push sets one after the other."""
     limit = time.monotonic() + 5
-    while (found := {name: triton.metric(name) for name in expected}) != expected:
+    while (found := _some(triton, expected)) != expected:
         assert time.monotonic() < limit, f"got {found}, expected {expected}"
         time.sleep(0.02)
