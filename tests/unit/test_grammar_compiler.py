@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,14 @@ from nmoe_backend.grammar import GrammarCompiler
 from nmoe_backend.text import Text
 from nmoe_backend.types import ErrorKind, Grammar, Guide, RequestError
 from tests.grammars import EOS_IDS, VOCAB_SIZE, compiled
+
+
+@pytest.fixture
+def own(folder: Path) -> Iterator[GrammarCompiler]:
+    """A compiler of the test's own: nothing is cached."""
+    made = GrammarCompiler(Text(folder), folder, vocab_size=VOCAB_SIZE, eos_token_ids=EOS_IDS)
+    yield made
+    made.close()
 
 
 class _Panic(BaseException):
@@ -74,49 +82,37 @@ def test_the_same_guide_is_compiled_once_and_a_refused_one_is_forgotten(compiler
     assert compiler.compile(wrong) is not refused
 
 
-def test_the_cache_forgets_what_was_used_longest_ago(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_the_cache_forgets_what_was_used_longest_ago(own: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "CACHED_GUIDES", 2)
-    small = GrammarCompiler(Text(folder), folder, vocab_size=VOCAB_SIZE, eos_token_ids=EOS_IDS)
-    request.addfinalizer(small.close)
     a, b, c = (Guide(type="regex", text=name) for name in "abc")
-    futures = {guide: small.compile(guide) for guide in (a, b)}
+    futures = {guide: own.compile(guide) for guide in (a, b)}
     assert all(future.result(60) for future in futures.values())
-    small.compile(a)
-    small.compile(c)
-    assert small.compile(a) is futures[a]
-    assert small.compile(b) is not futures[b]
+    own.compile(a)
+    own.compile(c)
+    assert own.compile(a) is futures[a]
+    assert own.compile(b) is not futures[b]
 
 
-def test_the_cache_has_a_budget_of_characters(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_the_cache_has_a_budget_of_characters(own: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "CACHED_CHARACTERS", 10)
-    small = GrammarCompiler(Text(folder), folder, vocab_size=VOCAB_SIZE, eos_token_ids=EOS_IDS)
-    request.addfinalizer(small.close)
     short, long, longer = (Guide(type="regex", text=name) for name in ("abc", "abcdefg", "abcdefgh"))
     futures = {}
     for guide in (short, long):  # 10 characters
-        futures[guide] = small.compile(guide)
+        futures[guide] = own.compile(guide)
         assert futures[guide].result(60)
-    assert small.compile(short) is futures[short]
-    small.compile(longer).result(60)  # 18: the long one, used longest ago, and the short one go
-    assert [small._cache.keys() & {guide} != set() for guide in (short, long, longer)] == [False, False, True]
+    assert own.compile(short) is futures[short]
+    own.compile(longer).result(60)  # 18: the long one, used longest ago, and the short one go
+    assert [own._cache.keys() & {guide} != set() for guide in (short, long, longer)] == [False, False, True]
 
 
-def test_a_guide_that_waits_is_not_forgotten(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_a_guide_that_waits_is_not_forgotten(own: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would not be counted then, and any number could wait."""
     monkeypatch.setattr(grammar, "CACHED_GUIDES", 2)
     monkeypatch.setattr(grammar, "MAX_WAITING", 4)
     go, _ = _hold(monkeypatch)
-    busy = GrammarCompiler(Text(folder), folder, vocab_size=VOCAB_SIZE, eos_token_ids=EOS_IDS)
-    request.addfinalizer(busy.close)
-    waiting = [busy.compile(guide) for guide in _guides("abcd")]
+    waiting = [own.compile(guide) for guide in _guides("abcd")]
     with pytest.raises(RequestError, match="4 guides wait"):
-        busy.compile(Guide(type="regex", text="e"))
+        own.compile(Guide(type="regex", text="e"))
     go.set()
     assert all(future.result(60) for future in waiting)
 
@@ -138,21 +134,17 @@ def _guides(names: Iterable[str]) -> list[Guide]:
     return [Guide(type="regex", text=name) for name in names]
 
 
-def test_too_many_that_wait_are_refused_as_overload(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_too_many_that_wait_are_refused_as_overload(own: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "MAX_WAITING", 4)
     go, _ = _hold(monkeypatch)
-    busy = GrammarCompiler(Text(folder), folder, vocab_size=VOCAB_SIZE, eos_token_ids=EOS_IDS)
-    request.addfinalizer(busy.close)
-    waiting = [busy.compile(guide) for guide in _guides("abcd")]
-    assert busy.compile(Guide(type="regex", text="a")) is waiting[0]
+    waiting = [own.compile(guide) for guide in _guides("abcd")]
+    assert own.compile(Guide(type="regex", text="a")) is waiting[0]
     with pytest.raises(RequestError, match="4 guides wait") as caught:
-        busy.compile(Guide(type="regex", text="e"))
+        own.compile(Guide(type="regex", text="e"))
     assert caught.value.kind is ErrorKind.OVERLOADED
     go.set()
     assert all(future.result(60) for future in waiting)
-    assert busy.compile(Guide(type="regex", text="e")).result(60)
+    assert own.compile(Guide(type="regex", text="e")).result(60)
 
 
 def test_closing_tells_those_who_wait_and_waits_for_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
